@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from fastai.callback.hook import Hooks
 from fastai.torch_core import no_random
+from fastcore.basics import patch
 
 # %% ../nbs/00_modules.ipynb #b77f15c2
 def _inner(module):
@@ -148,7 +149,8 @@ class Captures:
         self.stored, self.output, self.n_stored = {}, None, 0
 
 # %% ../nbs/00_modules.ipynb #5e6fc31d
-def _store(self, name, output):
+@patch
+def store(self:Captures, name, output):
     "Keep the output of layer `name`; the root's output, `name=''`, is kept for its fields"
     if name == '': self.output = output
     else:
@@ -163,10 +165,9 @@ def _first_tensor(output):
     while not isinstance(output, Tensor): output = next(iter(output.values() if isinstance(output, Mapping) else output))
     return output
 
-Captures.store = _store
-
 # %% ../nbs/00_modules.ipynb #02854640
-def _take(self) -> dict:
+@patch
+def take(self:Captures) -> dict:
     "Activations of the last forward pass by name, in the order of `names`; absent where a layer did not run"
     taken = {}
     for name in self.names:
@@ -181,8 +182,6 @@ def _take(self) -> dict:
         elif isinstance(field := read_field(self.output, name), Tensor): taken[name] = field
     self.clear()
     return taken
-
-Captures.take = _take
 
 # %% ../nbs/00_modules.ipynb #ca21b2ad
 @contextmanager

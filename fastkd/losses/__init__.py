@@ -1,0 +1,1 @@
+"Distillation losses, by what they compare"
