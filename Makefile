@@ -1,0 +1,62 @@
+# From a fresh clone `make demo` and `make test` do all their set-up themselves, in .venv.
+# Another Python than python3: make test PYTHON=python3.12
+
+PYTHON  ?= python3
+BIN     := .venv/bin
+DEV     := .venv/.dev-installed
+DOCS    := .venv/.docs-installed
+PROJECT := pyproject.toml settings.ini setup.py
+# One thread for each of the two workers: more of them fight over the cores of a small machine
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: help setup demo test test-slow docs readme export clean bench
+
+help:
+	@echo 'make demo       train a student without and with a teacher, and compare them'
+	@echo 'make test       the quick tests: every notebook, and tests/'
+	@echo 'make test-slow  all tests, the slow ones too'
+	@echo 'make export     notebooks to fastkd/, cleaned, and README.md from its notebook'
+	@echo 'make docs       the site, in _docs/'
+	@echo 'make bench      speed and memory'
+
+demo: $(DEV)
+	$(BIN)/python -m fastkd.demo
+
+test: $(DEV)
+	$(PYTEST) -m 'not slow'
+
+test-slow: $(DEV)
+	$(PYTEST)
+
+# the order matters: the README links to names that the export indexes
+export: $(DEV)
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+	$(BIN)/python -m tools.docs readme
+
+readme: $(DEV)
+	$(BIN)/python -m tools.docs readme
+
+docs: $(DOCS)
+	$(BIN)/python -m tools.docs site
+
+# fails while there is nothing to measure, so that nobody takes silence for a result
+bench: $(DEV)
+	@test -d benchmarks || { echo 'There are no benchmarks in this version.' >&2; exit 1; }
+	$(BIN)/python -m benchmarks
+
+setup: $(DEV)
+
+$(DEV): $(PROJECT)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'fastkd needs Python 3.10 or newer as $(PYTHON). Another one: make PYTHON=python3.12' >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@
+
+$(DOCS): $(DEV)
+	$(BIN)/python -m pip install -e '.[docs]'
+	touch $@
+
+clean:
+	rm -rf build dist _docs _proc *.egg-info .pytest_cache .hypothesis

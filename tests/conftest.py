@@ -1,0 +1,19 @@
+"What every test starts from: one thread, known random states, the CPU."
+import os
+for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ.setdefault(name, '1')
+os.environ.setdefault('MPLBACKEND', 'agg')
+
+import pytest, torch
+from fastai.torch_core import default_device, set_seed
+from hypothesis import settings
+
+# the same examples everywhere, and no limit of time: a busy machine is not a failure
+settings.register_profile('fastkd', derandomize=True, deadline=None)
+settings.load_profile('fastkd')
+
+@pytest.fixture(autouse=True)
+def same_start():
+    "Numbers in tests are those of a CPU, and do not depend on the tests that ran before"
+    torch.set_num_threads(1)
+    default_device(False)
+    set_seed(42)
