@@ -145,4 +145,15 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fastkd.schedules.Schedule.progress': ('schedules.html#schedule.progress', 'fastkd/schedules.py'),
                                   'fastkd.schedules.as_schedules': ('schedules.html#as_schedules', 'fastkd/schedules.py'),
                                   'fastkd.schedules.check_curve': ('schedules.html#check_curve', 'fastkd/schedules.py'),
-                                  'fastkd.schedules.scheduled_value': ('schedules.html#scheduled_value', 'fastkd/schedules.py')}}}
+                                  'fastkd.schedules.scheduled_value': ('schedules.html#scheduled_value', 'fastkd/schedules.py')},
+            'fastkd.teachers': { 'fastkd.teachers.Frozen': ('teachers.html#frozen', 'fastkd/teachers.py'),
+                                 'fastkd.teachers.Frozen.__init__': ('teachers.html#frozen.__init__', 'fastkd/teachers.py'),
+                                 'fastkd.teachers.Frozen.__repr__': ('teachers.html#frozen.__repr__', 'fastkd/teachers.py'),
+                                 'fastkd.teachers.Frozen._autocast': ('teachers.html#frozen._autocast', 'fastkd/teachers.py'),
+                                 'fastkd.teachers.Frozen._inputs': ('teachers.html#frozen._inputs', 'fastkd/teachers.py'),
+                                 'fastkd.teachers.Frozen._missing': ('teachers.html#frozen._missing', 'fastkd/teachers.py'),
+                                 'fastkd.teachers.Frozen.modules': ('teachers.html#frozen.modules', 'fastkd/teachers.py'),
+                                 'fastkd.teachers.Frozen.outputs': ('teachers.html#frozen.outputs', 'fastkd/teachers.py'),
+                                 'fastkd.teachers.Frozen.reset': ('teachers.html#frozen.reset', 'fastkd/teachers.py'),
+                                 'fastkd.teachers.Frozen.teacher_module': ('teachers.html#frozen.teacher_module', 'fastkd/teachers.py'),
+                                 'fastkd.teachers.Frozen.to': ('teachers.html#frozen.to', 'fastkd/teachers.py')}}}

@@ -125,7 +125,7 @@ class Captures:
         self.model, self.names = unwrap_model(model), list(dict.fromkeys(names))
         self.layers = {name: get_module_by_name(self.model, name) for name in self.names}
         self.copies = {} # (name, training) -> whether a later in-place operation makes a copy necessary
-        self.stop_after, self.handles = None, []
+        self.stop_after, self.counted, self.handles = None, None, []
         self.clear()
 
     def __enter__(self):
@@ -152,7 +152,9 @@ class Captures:
 @patch
 def store(self:Captures, name, output):
     "Keep the output of layer `name`; the root's output, `name=''`, is kept for its fields"
-    if name == '': self.output = output
+    if name == '':
+        self.output = output
+        return
     else:
         output = _first_tensor(output)
         copied = self.copies.get((name, self.model.training), True)
@@ -169,6 +171,7 @@ def _first_tensor(output):
 @patch
 def take(self:Captures) -> dict:
     "Activations of the last forward pass by name, in the order of `names`; absent where a layer did not run"
+    if self.counted is None and len(self.stored) == len(self.names): self.counted = self.n_stored
     taken = {}
     for name in self.names:
         if name in self.stored:
@@ -177,7 +180,7 @@ def take(self:Captures) -> dict:
             if overwritten and value is original:
                 raise RuntimeError(f"the output of layer '{name}' was overwritten by a later in-place operation that earlier "
                     "forward passes did not have")
-            self.copies[name, self.model.training] = overwritten
+            if self.stop_after is None: self.copies[name, self.model.training] = overwritten
             taken[name] = value
         elif isinstance(field := read_field(self.output, name), Tensor): taken[name] = field
     self.clear()
