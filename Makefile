@@ -7,7 +7,7 @@ DEV     := .venv/.dev-installed
 DOCS    := .venv/.docs-installed
 PROJECT := pyproject.toml settings.ini setup.py
 # One thread for each of the two workers: more of them fight over the cores of a small machine
-PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: help setup demo test test-slow docs readme export clean bench
 
