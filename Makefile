@@ -3,9 +3,7 @@
 
 PYTHON  ?= python3
 BIN     := .venv/bin
-DEV     := .venv/.dev-installed
-DOCS    := .venv/.docs-installed
-PROJECT := pyproject.toml settings.ini setup.py
+DEV     := .venv/.installed
 # One thread for each of the two workers: more of them fight over the cores of a small machine
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
@@ -37,7 +35,7 @@ export: $(DEV)
 readme: $(DEV)
 	$(BIN)/python -m tools.docs readme
 
-docs: $(DOCS)
+docs: $(DEV)
 	$(BIN)/python -m tools.docs site
 
 # fails while there is nothing to measure, so that nobody takes silence for a result
@@ -47,15 +45,11 @@ bench: $(DEV)
 
 setup: $(DEV)
 
-$(DEV): $(PROJECT)
+$(DEV): pyproject.toml settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo 'fastkd needs Python 3.10 or newer as $(PYTHON). Another one: make PYTHON=python3.12' >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -e '.[dev]'
-	touch $@
-
-$(DOCS): $(DEV)
-	$(BIN)/python -m pip install -e '.[docs]'
 	touch $@
 
 clean:

@@ -5,7 +5,7 @@ from configparser import ConfigParser
 from importlib.metadata import entry_points, metadata
 from multiprocessing import get_context
 from nbdev.clean import nbdev_clean
-from nbdev.config import get_config
+from nbdev.config import get_config, nbpath2html
 from nbdev.doclinks import nbglob
 from nbdev.test import nb_test_cells, test_nb as run_notebook
 from packaging.requirements import Requirement
@@ -70,7 +70,7 @@ def test_notebook_is_fit_to_read(path):
 
 # ---- What is generated
 
-def contents(folder, pattern): return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob(pattern)}
+def contents(folder, pattern): return {str(p.relative_to(folder)): p.read_bytes() for p in folder.glob(pattern)}
 def changed(made, here): return sorted(name for name in made.keys() | here.keys() if made.get(name) != here.get(name))
 
 def test_export_is_in_sync(tmp_path):
@@ -152,19 +152,27 @@ def test_matplotlib_is_imported_where_it_plots():
     assert [name for name,code in modules.items() if re.search(b'^(import|from) matplotlib', code, re.M)] == []
 
 @pytest.fixture(scope='module')
-def dists(tmp_path_factory):
-    "An sdist of the project and a wheel made from it, by suffix"
-    source,made = tmp_path_factory.mktemp('source')/'fastkd', tmp_path_factory.mktemp('made')
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns('.*', '_docs', '_proc', 'build', 'dist', '*.egg-info'))
-    run(sys.executable, '-m', 'build', '--no-isolation', '-o', made, cwd=source)
-    return {path.suffix: path for path in made.iterdir()}
+def source(tmp_path_factory):
+    "A copy of the project, for what writes into it"
+    skip = shutil.ignore_patterns('.*', '_docs', '_proc', 'build', 'dist', '*.egg-info', '__pycache__')
+    return shutil.copytree(ROOT, tmp_path_factory.mktemp('copy')/'fastkd', ignore=skip)
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ['.whl', '.gz'])
-def test_installs(dists, kind, tmp_path):
-    "The wheel and the sdist bring all modules, which import from where they were installed"
-    run(sys.executable, '-m', 'pip', 'install', '--no-deps', '--no-build-isolation', '--target', tmp_path, dists[kind])
-    def modules(folder): return {str(p.relative_to(folder)) for p in (folder/'fastkd').rglob('*.py')}
-    assert modules(tmp_path) == modules(ROOT)
+def test_installs(source, kind, tmp_path):
+    "The sdist, and the wheel made from it, bring all modules, which import from where they were installed"
+    run(sys.executable, '-m', 'build', '--no-isolation', '-o', tmp_path/'made', cwd=source)
+    made,target = {path.suffix: path for path in (tmp_path/'made').iterdir()}, tmp_path/'target'
+    run(sys.executable, '-m', 'pip', 'install', '--no-deps', '--no-build-isolation', '--target', target, made[kind])
+    assert contents(target, 'fastkd/**/*.py') == contents(ROOT, 'fastkd/**/*.py')
     code = 'import fastkd.all; print(fastkd.__file__)'
-    assert python(code, cwd=tmp_path, PYTHONPATH=str(tmp_path)) == str(tmp_path/'fastkd'/'__init__.py')
+    assert python(code, cwd=tmp_path, PYTHONPATH=str(target)) == str(target/'fastkd'/'__init__.py')
+
+@pytest.mark.slow
+def test_site(source):
+    "The site has a page for each notebook, and none loads anything from elsewhere"
+    run(sys.executable, '-m', 'tools.docs', 'site', cwd=source)
+    pages = {path.stem: path.read_text() for path in (source/'_docs').glob('*.html')}
+    assert {nbpath2html(path).stem for path in NBS} <= pages.keys()
+    elsewhere = re.compile(r'<(script|img|iframe)[^>]* src="https?:|<link[^>]* rel="stylesheet"[^>]* href="https?:')
+    assert [name for name,html in pages.items() if elsewhere.search(html)] == []

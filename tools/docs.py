@@ -117,10 +117,12 @@ def write_pages():
     if (NBS/'images').exists(): shutil.copytree(NBS/'images', PAGES/'images')
 
 def visit_math(translator, node):
-    "Write a formula as MathML, which browsers show without a script"
+    "Write a formula as MathML, which browsers show without a script; what cannot be written is an error"
     from docutils import nodes
-    from docutils.utils.math.latex2mathml import tex2mathml
-    translator.body.append(tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block)))
+    from latex2mathml.converter import convert
+    mathml = convert(node.astext(), display='block' if isinstance(node, nodes.math_block) else 'inline')
+    if unknown := re.search(r'<mi>(\\\w+)', mathml): raise ValueError(f'{unknown[1]} is not known, in {node.astext()}')
+    translator.body.append(mathml)
     raise nodes.SkipNode
 
 def setup(app):
@@ -137,10 +139,11 @@ def write_site():
         myst_enable_extensions=['dollarmath', 'amsmath'], myst_dmath_double_inline=True,
         myst_heading_anchors=4, myst_heading_slug_func='tools.docs.slug')
     # built among the pages and moved when it is whole, since myst-nb leaves a folder beside what it builds
-    app = Sphinx(PAGES, None, PAGES/'html', PAGES/'.doctrees', 'html', conf, warningiserror=True)
+    app = Sphinx(PAGES, None, PAGES/'html', PAGES/'.doctrees', 'html', conf, status=None, warningiserror=True)
     app.build()
     if app.statuscode: sys.exit(app.statuscode)
     shutil.rmtree(SITE, ignore_errors=True)
     (PAGES/'html').rename(SITE)
+    print(f'The site is in {(SITE/"index.html").relative_to(ROOT)}')
 
 if __name__ == '__main__': dict(readme=write_readme, site=write_site)[sys.argv[1]]()
