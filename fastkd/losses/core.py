@@ -84,8 +84,11 @@ class Loss(nn.Module):
         with torch.autocast(_device_type((args, kwargs)), enabled=False): return super().__call__(*args, **kwargs)
 
     def __repr__(self):
-        names = [name for name in inspect.signature(type(self).__init__).parameters if hasattr(self, name)]
-        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+        "Settings that are numbers, and those that are not the default"
+        params = list(inspect.signature(type(self).__init__).parameters.values())[1:]
+        settings = {p.name: getattr(self, p.name, p.default) for p in params}
+        shown = [f'{p.name}={settings[p.name]!r}' for p in params if type(p.default) in (int, float) or settings[p.name] != p.default]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 # %% ../../nbs/10_losses.core.ipynb #5129ccc2
 def _tensors(inputs):
