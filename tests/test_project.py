@@ -99,9 +99,9 @@ def test_style(tmp_path):
     "The checker finds nothing, without pragmas and settings that would silence it, and finds what is planted"
     (tmp_path/'planted.py').write_text('if planted:\n    found()\n')
     assert findings(tmp_path, XDG_CONFIG_HOME=str(tmp_path)) == 1
-    assert findings('nbs', 'tests', 'tools', XDG_CONFIG_HOME=str(tmp_path)) == 0
+    assert findings('nbs', 'tests', 'tools', 'benchmarks', XDG_CONFIG_HOME=str(tmp_path)) == 0
     assert 'tool.chkstyle' not in (ROOT/'pyproject.toml').read_text()
-    sources = [*NBS, *ROOT.glob('tests/**/*.py'), *ROOT.glob('tools/*.py')]
+    sources = [*NBS, *ROOT.glob('tests/**/*.py'), *ROOT.glob('tools/*.py'), *ROOT.glob('benchmarks/*.py')]
     assert [p.name for p in sources if re.search(r'chkstyle:\s*(ignore|off|skip)', p.read_text())] == []
 
 # ---- The package
