@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain, count
+from numbers import Number
 from typing import NamedTuple
 
 import torch, torch.nn.functional as F
@@ -65,9 +67,11 @@ class Loss(nn.Module):
 
     def check_setting(self, name, value):
         "Raise a ValueError where a setting is out of range"
+        if name not in self.positive and name not in self.at_least: return
         owner, least = type(self).__name__, self.at_least.get(name, -math.inf)
-        if name in self.positive and not value > 0: raise ValueError(f'{owner}: {name} must be positive, not {value:g}')
-        if name in self.at_least and not value >= least: raise ValueError(f'{owner}: {name} must be at least {least:g}, not {value:g}')
+        if not isinstance(value, Number): raise TypeError(f'{owner}: {name} is a number, not {value!r}')
+        if name in self.positive and not 0 < value < math.inf: raise ValueError(f'{owner}: {name} must be positive and finite, not {value:g}')
+        if not least <= value < math.inf: raise ValueError(f'{owner}: {name} must be at least {least:g} and finite, not {value:g}')
 
     def make_learned(self,
         probe, # What one sample looks like, a `Probe`
@@ -100,8 +104,8 @@ def _tensors(inputs):
 def _device_type(inputs): return next((tensor.device.type for tensor in _tensors(inputs)), 'cpu')
 
 def _full_precision(inputs):
-    "Half precision tensors as float32, wherever they stand"
-    if isinstance(inputs, Tensor): return inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
+    "Plain tensors, and those of half precision as float32, wherever they stand"
+    if isinstance(inputs, Tensor): return (inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs).as_subclass(Tensor)
     if isinstance(inputs, Mapping): return {key: _full_precision(item) for key, item in inputs.items()}
     if isinstance(inputs, tuple) and hasattr(inputs, '_fields'): return type(inputs)(*map(_full_precision, inputs))
     return type(inputs)(map(_full_precision, inputs)) if isinstance(inputs, (tuple, list)) else inputs
@@ -124,9 +128,10 @@ def build(self:Loss, probe):
     "Make the learned parts once, then check that the loss can work with what `probe` holds"
     if self.learned is None:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((torch.initial_seed() + 0x5eed) % 2**63) # another stream than the student's own weights
+            seed = (torch.initial_seed() + 0x5eed) % 2**63 # another stream than the student's own weights
+            torch.default_generator.manual_seed(seed) # `torch.manual_seed` would seed GPUs, too
             self.learned = self.make_learned(probe)
-        if self.learned is not None: self.learned.to(next(_tensors(vars(probe))).device)
+        if self.learned is not None: self.learned.to(next(_tensors(_full_precision(vars(probe)))))
     self.check(probe)
     return self
 
@@ -165,15 +170,17 @@ class ResponseLoss(Loss):
         mask:Tensor=None, # `(bs, ...)` bool, positions that count
         axis:int=1, # Dimension that holds the classes
     ) -> Tensor: # A scalar
-        return mean_of(self.rows(to_rows(pred, axis), to_rows(teacher_pred, axis)), mask)
+        return mean_of(self.rows(*self.both_rows(pred, teacher_pred, axis)), mask)
 
-    def check(self, probe):
-        "Both models must predict the same classes at the same positions"
-        shape_s, shape_t = tuple(probe.pred.shape), tuple(probe.teacher_pred.shape)
-        if shape_s == shape_t: return
-        n_s, n_t = shape_s[probe.axis:][:1], shape_t[probe.axis:][:1]
+    def both_rows(self, pred, teacher_pred, axis):
+        "Rows of both models, which must predict the same classes at the same positions"
+        shape_s, shape_t = tuple(pred.shape), tuple(teacher_pred.shape)
+        if shape_s == shape_t: return to_rows(pred, axis), to_rows(teacher_pred, axis)
+        n_s, n_t = shape_s[axis:][:1], shape_t[axis:][:1]
         what = f'the student predicts {n_s[0]} classes and the teacher {n_t[0]}' if n_s and n_t and n_s != n_t else 'predictions differ'
-        raise ValueError(f'{self}: {what} (shape {shape_s} and {shape_t} for one sample)')
+        raise ValueError(f'{self}: {what} (shape {shape_s} and {shape_t})')
+
+    def check(self, probe): self.both_rows(probe.pred, probe.teacher_pred, probe.axis)
 
 # %% ../../nbs/10_losses.core.ipynb #dc1e985f
 class Mixed(NamedTuple):
@@ -191,9 +198,10 @@ class LabelledResponseLoss(ResponseLoss):
         mask:Tensor=None, # `(bs, ...)` bool, positions that count
         axis:int=1, # Dimension that holds the classes
     ) -> Tensor: # A scalar
-        rows = partial(self.rows, to_rows(pred, axis), to_rows(teacher_pred, axis))
+        rows = partial(self.rows, *self.both_rows(pred, teacher_pred, axis))
         if not isinstance(target, Mixed): return mean_of(rows(target.flatten()), mask)
-        lam = target.lam.reshape(-1, *[1]*(target.y.ndim - 1)).expand_as(target.y).flatten()
+        lam = torch.as_tensor(target.lam, dtype=pred.dtype, device=pred.device)
+        lam = lam.reshape(-1, *[1]*(target.y.ndim - 1)).expand_as(target.y).flatten()
         return mean_of(torch.lerp(rows(target.y1.flatten()), rows(target.y.flatten()), lam), mask)
 
 # %% ../../nbs/10_losses.core.ipynb #b1ac9f5a
@@ -208,24 +216,32 @@ class PairLoss(Loss):
     "Base of losses on activations: implement `pair(student, teacher) -> scalar`; values of pairs are added"
     def bring(self, student, teacher): return student, teacher
 
+    def check_number(self, n_s, n_t):
+        if n_s != n_t: raise ValueError(f'{self}: {n_s} student and {n_t} teacher activations do not pair')
+
     def pairs(self, fm_s, fm_t):
         "Pairs of activations in their common form"
         fm_s, fm_t = as_list(fm_s), as_list(fm_t)
-        if len(fm_s) != len(fm_t): raise ValueError(f'{self}: {len(fm_s)} student and {len(fm_t)} teacher activations do not pair')
+        self.check_number(len(fm_s), len(fm_t))
         return [self.bring(s, t) for s, t in zip(fm_s, fm_t)]
 
     def forward(self,
         fm_s:dict, # Student's activations by layer name (a list or a single tensor does, too)
         fm_t:dict, # Teacher's activations, as many, in the same order
     ) -> Tensor: # A scalar
-        learned = [()]*len(fm_s) if self.learned is None else [(part,) for part in self.learned]
-        return sum(self.pair(s, t, *part) for (s, t), part in zip(self.pairs(fm_s, fm_t), learned))
+        pairs = self.pairs(fm_s, fm_t)
+        return sum(self.pair(s, t, *part) for (s, t), part in zip(pairs, self.parts_for(len(pairs))))
+
+    def parts_for(self, n_pairs):
+        "What was learned for each pair, as further arguments of `pair`"
+        if self.learned is None: return [()]*n_pairs
+        if len(self.learned) != n_pairs: raise ValueError(f'{self} was built for {len(self.learned)} pair(s), and now there are {n_pairs}')
+        return [(part,) for part in self.learned]
 
     def check(self, probe):
         "Compare the probe's activations, and name the layers where that fails"
-        for i, (name_s, name_t) in enumerate(zip(probe.fm_s, probe.fm_t)):
-            s, t = probe.fm_s[name_s], probe.fm_t[name_t]
-            part = () if self.learned is None else (self.learned[i],)
+        self.check_number(len(probe.fm_s), len(probe.fm_t))
+        for (name_s, s), (name_t, t), part in zip(probe.fm_s.items(), probe.fm_t.items(), self.parts_for(len(probe.fm_s))):
             with torch.no_grad():
                 try: self.pair(*self.bring(_full_precision(s), _full_precision(t)), *part)
                 except (ValueError, RuntimeError) as e:
@@ -248,11 +264,11 @@ def unit(
     return rows/torch.where(length > eps, length, math.inf)
 
 # %% ../../nbs/10_losses.core.ipynb #c5001a2b
-def channels_first(activation):
-    "`(bs, channels, *positions)` of a vector, a map, tokens, or a square channels-last map"
+def channels_first(activation, square=True):
+    "`(bs, channels, *positions)` of a vector, a map, tokens, or, where maps are `square`, a channels-last map"
     shape = activation.shape
     if activation.ndim == 3: return activation.transpose(1, 2)
-    if activation.ndim == 4 and shape[1] == shape[2] != shape[3]: return activation.permute(0, 3, 1, 2)
+    if square and activation.ndim == 4 and shape[1] == shape[2] != shape[3]: return activation.permute(0, 3, 1, 2)
     return activation
 
 def to_square(tokens):
@@ -267,7 +283,8 @@ def same_positions(
     teacher:Tensor, # Teacher's activation
 ) -> tuple: # Both as `(bs, channels, *positions)` with the same positions
     "Bring two activations to the same positions: the larger map is average-pooled to the smaller"
-    student, teacher = channels_first(student), channels_first(teacher)
+    square = all(o.ndim != 4 or o.shape[2] in (o.shape[1], o.shape[3]) for o in (student, teacher)) # else (bs, 8, 8, 6) has 8 channels
+    student, teacher = channels_first(student, square), channels_first(teacher, square)
     if student.shape[2:] == teacher.shape[2:]: return student, teacher
     if student.ndim != teacher.ndim or student.ndim == 3:
         student, teacher = (to_square(o) if o.ndim == 3 else o for o in (student, teacher))
@@ -315,7 +332,7 @@ class Part:
     def __repr__(self):
         loss = repr(self.loss) if isinstance(self.loss, nn.Module) else loss_name(self.loss)
         layers = '' if self.students is None else f'.on({self.students}, {self.teachers})'
-        return f"{'' if self.factor == 1 else f'{self.factor:g}*'}{loss}{layers}"
+        return f"{'' if self.factor == 1 else f'{self.factor:.12g}*'}{loss}{layers}"
 
 # %% ../../nbs/10_losses.core.ipynb #e79a70d9
 def pick(
@@ -333,9 +350,11 @@ class Sum(nn.Module):
         parts, # `Part`s
     ):
         super().__init__()
-        names = [loss_name(part.loss) for part in parts]
-        self.parts = [replace(part, name=name if (n := names[:i].count(name)) == 0 else f'{name}_{n + 1}')
-            for i, (part, name) in enumerate(zip(parts, names))]
+        self.parts = []
+        for part in parts:
+            name, taken = loss_name(part.loss), [part.name for part in self.parts]
+            options = chain([name], (f'{name}_{n}' for n in count(2)))
+            self.parts.append(replace(part, name=next(option for option in options if option not in taken)))
         for part in self.parts: part.check_factor(part.factor)
         self.losses = nn.ModuleDict({part.name: part.loss for part in self.parts if isinstance(part.loss, nn.Module)})
 
@@ -370,7 +389,11 @@ def _select(part, given):
 @patch
 def values(self:Sum, **given) -> dict:
     "The unscaled value of each part by name"
-    return {part.name: part.loss(**_select(part, given)) for part in self.parts}
+    values = {part.name: part.loss(**_select(part, given)) for part in self.parts}
+    for part in self.parts:
+        shape = getattr(values[part.name], 'shape', ())
+        if math.prod(shape) != 1: raise ValueError(f'{part} returned shape {tuple(shape)}, and a loss returns a scalar: average it')
+    return values
 
 @patch
 def total(self:Sum, values):
@@ -428,7 +451,8 @@ def find_setting(self:Sum, key):
 def _settings(part):
     "Names of the numbers that a schedule can move"
     params = inspect.signature(type(part.loss).__init__).parameters if isinstance(part.loss, Loss) else {}
-    return ['factor', *(name for name in params if type(getattr(part.loss, name, None)) in (int, float))]
+    is_number = lambda value: isinstance(value, Number) and not isinstance(value, bool)
+    return ['factor', *(name for name in params if is_number(getattr(part.loss, name, None)))]
 
 @patch
 @contextmanager

@@ -32,7 +32,7 @@ class FitNet(FeatureLoss):
         if adapter is not None: student = adapter(student)
         if student.shape != teacher.shape:
             raise ValueError(f'{student.shape[1]} channels of the student, {teacher.shape[1]} of the teacher, and no adapter between them')
-        if self.normalize: student, teacher = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
+        if self.normalize: student, teacher = unit(student), unit(teacher)
         return F.mse_loss(student, teacher)
 
 # %% ../../nbs/12_losses.feature.ipynb #7dada3e8

@@ -15,7 +15,7 @@ def similarity_shares(
 ): # `(bs, bs)`; row i holds the shares of all samples in sample i's similarity
     "How alike the samples are, as probabilities"
     directions = unit(rows)
-    similarity = (directions @ directions.T + 1)/2
+    similarity = ((directions @ directions.T + 1)/2).clamp(min=0) # rounded, a cosine may be below -1
     return similarity/similarity.sum(1, keepdim=True)
 
 class PKT(RelationLoss):

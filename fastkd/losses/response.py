@@ -6,7 +6,7 @@
 __all__ = ['SoftTarget', 'kl_rows', 'standardized', 'Logits']
 
 # %% ../../nbs/11_losses.response.ipynb #e9c72a38
-import math, torch.nn.functional as F
+import math, torch, torch.nn.functional as F
 from fastcore.basics import store_attr
 from .core import ResponseLoss
 
@@ -39,9 +39,11 @@ def standardized(
     eps:float=1e-7, # Added to the standard deviation, as in the authors' code
 ): # `(N, n_classes)`
     "Each row minus its mean, divided by its standard deviation; a constant row is zero, and so is its gradient"
-    centred = logits - logits.mean(1, keepdim=True)
+    mean = logits.mean(1, keepdim=True)
+    centred = logits - mean
     std = centred.norm(dim=1, keepdim=True)/max(logits.shape[1] - 1, 1)**.5
-    return centred/(std + eps).masked_fill(std == 0, math.inf)
+    is_constant = std <= 4*torch.finfo(logits.dtype).eps*mean.abs() # the mean is rounded
+    return centred/(std + eps).masked_fill(is_constant, math.inf)
 
 # %% ../../nbs/11_losses.response.ipynb #4f16b8ac
 class Logits(ResponseLoss):
