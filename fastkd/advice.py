@@ -14,12 +14,16 @@ from .losses.core import Mixed
 def teacher_at_chance(
     teacher_pred:Tensor, # Teacher's logits `(bs, n_classes, ...)`, None where they were not asked for
     target, # Integer labels `(bs, ...)` or `Mixed` ones; for any other kind there is nothing to say
+    mask:Tensor=None, # `(bs, ...)` bool, positions that count
     axis:int=1, # Dimension that holds the classes
 ): # A message, or None
     "What to say of a teacher that is right hardly more often than a guess"
     y = target.y if isinstance(target, Mixed) else target
     if teacher_pred is None or not isinstance(y, Tensor) or y.is_floating_point() or y.ndim != teacher_pred.ndim - 1: return None
-    accuracy, n, chance = (teacher_pred.argmax(axis) == y).float().mean().item(), y.numel(), 1/teacher_pred.shape[axis]
+    right = teacher_pred.argmax(axis) == y
+    if mask is not None and mask.shape == y.shape: right = right[mask]
+    if not right.numel(): return None
+    accuracy, n, chance = right.float().mean().item(), right.numel(), 1/teacher_pred.shape[axis]
     if accuracy > chance + min(2*(chance*(1 - chance)/n)**.5, (1 - chance)/4): return None
     return (f'the teacher is right on {accuracy:.0%} of the first batch, and guessing would give {chance:.0%}: is it trained, and on these classes '
         'in this order? Pass the trained learner, whose classes are compared: KnowledgeDistillationCallback(teacher_learner, …)')

@@ -13,7 +13,7 @@ from numbers import Number
 from types import SimpleNamespace
 
 import torch
-from fastai.basics import AvgMetric, Callback, Learner, Recorder, ValueMetric, apply
+from fastai.basics import AvgMetric, Callback, Learner, Recorder, ValueMetric, apply, mk_metric
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.torch_core import no_random
@@ -49,6 +49,8 @@ class KnowledgeDistillationCallback(Callback):
         if teacher is None: raise TypeError('the teacher is None')
         students, teachers, self.loss = listify(activations_student), listify(activations_teacher), as_sum(loss)
         if students or teachers: self.loss = self.loss.on(students, teachers)
+        if students and not any(part.wants_layers for part in self.loss.parts):
+            warnings.warn(f'{self.loss} compares no activations: the layers {students} and {teachers} are not used', stacklevel=2)
         self.teacher, self.weight, self.task_weight, self.schedules = teacher, weight, task_weight, as_schedules(schedule)
         self.logits, self.teacher_input, self.teacher_dtype, self.mask = logits, teacher_input, teacher_dtype, mask
         self.span, self.teacher_metrics = span, teacher_metrics
@@ -66,6 +68,7 @@ def _check_settings(self:KnowledgeDistillationCallback):
     "Weights and schedules, anywhere on their curves"
     for name in ('weight', 'task_weight', 'span'):
         if getattr(self, name) is not None: _check_number(name, getattr(self, name))
+    if self.span == 0: raise ValueError('span is a number of epochs, not 0')
     def check_weight(value):
         _check_number('weight', value)
         if self.task_weight is None and value > 1:
@@ -162,7 +165,7 @@ def before_fit(self:KnowledgeDistillationCallback):
     wants = {name for part in self.loss.parts for name in part.wants}
     self._fit = SimpleNamespace(teacher=teacher, students=names('students'), teachers=names('teachers'), wants=wants,
         wants_pred='teacher_pred' in wants or bool(self.teacher_metrics), peak=self._peak_weight(), captures=None, activations={},
-        ready=False, n_batches=0, sums={}, first=None, problem=None, blamed=None, before=None)
+        ready=False, advised=False, n_batches=0, sums={}, first=None, problem=None, blamed=None, before=None)
     if hasattr(self.learn, 'lr_finder'): self._fit.before = self.state_dict()
     if self.span and self._epochs_done >= self.span: self._epochs_done = 0
     if _is_compiled(self.learn.model): torch._dynamo.reset() # what was traced before would not call our hooks
@@ -180,8 +183,8 @@ def _column(part):
 def _teacher_metrics(self:KnowledgeDistillationCallback):
     "Metric functions that are shown for the teacher, by column"
     if not self.teacher_metrics: return {}
-    if self.teacher_metrics is not True: return {f'teacher_{func.__name__}': func for func in listify(self.teacher_metrics)}
-    return {f'teacher_{metric.name}': metric.func for metric in self.learn.metrics if isinstance(metric, AvgMetric)}
+    metrics = self.learn.metrics if self.teacher_metrics is True else map(mk_metric, listify(self.teacher_metrics))
+    return {f'teacher_{metric.name}': metric.func for metric in metrics if isinstance(metric, AvgMetric)}
 
 @patch
 def _add_columns(self:KnowledgeDistillationCallback):
@@ -189,10 +192,15 @@ def _add_columns(self:KnowledgeDistillationCallback):
     names = ['task_loss', 'distillation_loss']
     if len(self.loss.parts) > 1: names += [_column(part) for part in self.loss.parts]
     if self.teacher_metrics: names += [*self._teacher_metrics(), 'teacher_agreement']
-    self._fit.columns = [ValueMetric(partial(self._mean, name), name) for name in names]
-    self.learn.metrics = self.learn.metrics + self._fit.columns
+    self.learn.metrics = self.learn.metrics + [_Column(self, name) for name in names]
 
 # %% ../nbs/30_callback.ipynb #d009bc6b
+class _Column(ValueMetric):
+    "A mean of `cb` over the training batches of an epoch"
+    def __init__(self, cb, name):
+        super().__init__(partial(cb._mean, name), name)
+        self.cb = cb
+
 @patch
 def _mean(self:KnowledgeDistillationCallback, name):
     "Mean of a column over this epoch's training batches so far"
@@ -204,9 +212,8 @@ def _mean(self:KnowledgeDistillationCallback, name):
 def cleanup(self:KnowledgeDistillationCallback):
     "Take away hooks and columns, and forget the fit; safe at any time"
     fit, self._fit = self._fit, None
-    if fit is None: return
-    if fit.captures is not None: fit.captures.remove()
-    self.learn.metrics = self.learn.metrics.filter(lambda metric: not any(metric is column for column in fit.columns))
+    if fit is not None and fit.captures is not None: fit.captures.remove()
+    if self.learn is not None: self.learn.metrics = self.learn.metrics.filter(lambda metric: getattr(metric, 'cb', None) is not self)
 
 @patch
 def after_fit(self:KnowledgeDistillationCallback):
@@ -328,13 +335,17 @@ def after_batch(self:KnowledgeDistillationCallback):
     self._fit.captures.clear()
     self._fit.activations, self._fit.first = {}, None
 
+# what cancels more than a batch skips `after_batch`
+for _event in ('after_cancel_train', 'after_cancel_epoch'):
+    setattr(KnowledgeDistillationCallback, _event, KnowledgeDistillationCallback.after_batch)
+
 # %% ../nbs/30_callback.ipynb #bfcf4845
 @patch
 def after_loss(self:KnowledgeDistillationCallback):
     "Ask the teacher and blend"
     if not self._takes_part(): return
-    fit, learn, numbers, task = self._fit, self.learn, self._numbers(), self.learn.loss_grad
-    weight, is_first = numbers.pop('weight'), fit.n_batches == 0
+    fit, learn, numbers, task = self._fit, self.learn, self._numbers(), self.learn.loss_grad.clone() # which others scale in place
+    weight, is_first = numbers.pop('weight'), not fit.advised
     task_weight = self._left_for_task(weight)
     with torch.set_grad_enabled(weight > 0 or is_first), self.loss.setting(numbers):
         given = self._given()
@@ -398,7 +409,7 @@ def _watch(self:KnowledgeDistillationCallback, distillation, given):
     "Notice a distillation loss that is not finite though the student's prediction is"
     fit = self._fit
     blamed = ~torch.as_tensor(distillation).isfinite() & given['pred'].detach().sum().isfinite()
-    if fit.n_batches > 1 and blamed.is_cuda: fit.blamed = blamed if fit.blamed is None else fit.blamed | blamed
+    if fit.advised and blamed.device.type != 'cpu': fit.blamed = blamed if fit.blamed is None else fit.blamed | blamed
     elif blamed:
         answer = [value for value in (given['teacher_pred'], *given['fm_t'].values()) if value is not None]
         cause = f"the teacher's answer is not: {fit.teacher}" if not all(o.isfinite().all() for o in answer) else f"so is the teacher's answer: {self.loss}"
@@ -417,13 +428,13 @@ def before_backward(self:KnowledgeDistillationCallback):
     if fit is None: return
     if fit.problem is not None: raise RuntimeError(fit.problem)
     if fit.first is not None: self._advise(*fit.first)
-    fit.first = None
+    fit.first, fit.advised = None, True
 
 # %% ../nbs/30_callback.ipynb #5ec19c6b
 @patch
 def _advise(self:KnowledgeDistillationCallback, task, parts, given):
     "Warn once of a teacher at chance and of parts that do nothing"
-    said = dict(chance=teacher_at_chance(given['teacher_pred'], given['target'], self._fit.axis))
+    said = dict(chance=teacher_at_chance(given['teacher_pred'], given['target'], self._mask(), self._fit.axis))
     if self._fit.peak > 0 and not _is_compiled(self.learn.model): # a compiled graph can be walked only once
         params = [p for p in self.learn.model.parameters() if p.requires_grad]
         scale = self.learn.scaler.get_scale() if getattr(self.learn, 'scaler', None) else 1.

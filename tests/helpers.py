@@ -1,0 +1,140 @@
+"Small learners, callbacks that interfere, and a hand-written callback to compare with."
+import random, torch, torch.nn.functional as F
+from collections import OrderedDict
+from contextlib import contextmanager
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, set_seed
+from fastai.metrics import accuracy
+from functools import cache
+from sklearn.datasets import load_digits
+from torch import nn
+
+@cache
+def digits():
+    "Handwritten digits as (image, label) pairs"
+    images, labels = load_digits(return_X_y=True)
+    return list(zip(torch.tensor(images).float().view(-1, 1, 8, 8)/16, torch.tensor(labels)))
+
+def loaders(train, valid=None, bs=25): return DataLoaders.from_dsets(train, valid or train, bs=bs, num_workers=0, device='cpu')
+
+def block(n_in, n_out): return nn.Sequential(nn.Conv2d(n_in, n_out, 3, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU(inplace=True))
+
+def convnet(width, p=0., n_out=10):
+    "Two blocks with batch norm and a head with dropout"
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(p), nn.Linear(2*width, n_out))
+    return nn.Sequential(OrderedDict(block1=block(1, width), pool=nn.MaxPool2d(2), block2=block(width, 2*width), head=head))
+
+def seeded(make, *args, seed=0, **kwargs):
+    "A model whose weights depend on `seed` only"
+    set_seed(seed)
+    return make(*args, **kwargs)
+
+def quiet(learn):
+    "A learner that prints nothing"
+    if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
+    learn.logger = len
+    return learn
+
+def learner(model=None, n=100, bs=25, cbs=None, metrics=accuracy, loss_func=None, **kwargs):
+    "A student, by default 4 channels wide, on the first `n` digits"
+    if model is None: model = seeded(convnet, 4)
+    dls = loaders(digits()[:n], digits()[1000:1000 + bs], bs)
+    return quiet(Learner(dls, model, loss_func or CrossEntropyLossFlat(), metrics=metrics, cbs=cbs, **kwargs))
+
+@cache
+def trained_state():
+    set_seed(1)
+    learn = learner(convnet(16), n=400, bs=50)
+    learn.fit_one_cycle(8, 2e-2)
+    return learn.model.state_dict()
+
+def trained_teacher():
+    "A teacher of 16 channels that reads digits well; a new copy for each test"
+    model = convnet(16)
+    model.load_state_dict(trained_state())
+    return model
+
+def fitted(learn, cbs=None, n_epoch=2, lr=1e-2, seed=1):
+    "`learn`, trained from a known random state"
+    set_seed(seed)
+    learn.dls.train.rng = random.Random(seed) # loaders shuffle by a state of their own
+    learn.fit(n_epoch, lr, cbs=cbs)
+    return learn
+
+def weights(model): return {name: value.clone() for name, value in model.state_dict().items()}
+
+def same(a, b):
+    "Whether two dicts of tensors are equal bit for bit"
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+def furthest(a, b):
+    "The largest difference between tensors of the same name"
+    assert a.keys() == b.keys()
+    return max((a[key].double() - b[key].double()).abs().max().item() for key in a)
+
+def state(model):
+    "Everything of a model that is its owner's"
+    flags = {name: module.training for name, module in model.named_modules()}
+    return weights(model), flags, {name: (p.requires_grad, p.grad is None) for name, p in model.named_parameters()}
+
+def is_unchanged(model, before):
+    (values, *flags), (values_before, *flags_before) = state(model), before
+    return same(values, values_before) and flags == flags_before
+
+def n_hooks(model):
+    "Hooks of all kinds on all layers"
+    kinds = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+class At(Callback):
+    "Call `act(learn)` when `event` comes for the `nth` time; every time if `nth` is 0"
+    def __init__(self, event, act, order=0, nth=1):
+        self.act, self.order, self.nth, self.n = act, order, nth, 0
+        setattr(self, event, self._count)
+
+    def _count(self):
+        self.n += 1
+        if self.nth in (0, self.n): self.act(self.learn)
+
+def raising(exc, text='on purpose'):
+    "A function that raises"
+    def act(*args): raise exc(text)
+    return act
+
+@contextmanager
+def recorded(model, names):
+    "Outputs of layers by name, as a forward hook finds them"
+    found = {}
+    def keep(name): return lambda module, args, output: found.update({name: output.clone()})
+    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try: yield found
+    finally:
+        for handle in handles: handle.remove()
+
+class ByHand(Callback):
+    "Distillation as one would write it for a single run: `loss(pred, teacher_pred, fm_s, fm_t)` and a weight for each step"
+    order, run_valid = 5, False
+    def __init__(self, teacher, loss, weight=.5, layers_s=(), layers_t=(), task_weight=None):
+        self.teacher, self.loss, self.layers_s, self.layers_t = teacher.eval(), loss, layers_s, layers_t
+        self.weight, self.task_weight = weight if callable(weight) else lambda pct: weight, task_weight
+
+    def before_batch(self):
+        self.context = recorded(self.learn.model, self.layers_s)
+        self.found = self.context.__enter__()
+
+    def after_loss(self):
+        self.context.__exit__(None, None, None)
+        with torch.no_grad(), recorded(self.teacher, self.layers_t) as fm_t: teacher_pred = self.teacher(*self.xb)
+        weight = self.weight(self.pct_train)
+        task_weight = 1 - weight if self.task_weight is None else self.task_weight
+        self.learn.loss_grad = task_weight*self.loss_grad + weight*self.loss(self.pred, teacher_pred, self.found, fm_t)
+        self.learn.loss = self.loss_grad.detach().clone()
+
+def soft_target(pred, teacher_pred, T=5.):
+    "Hinton et al. 2015"
+    log_s, log_t = F.log_softmax(pred/T, 1), F.log_softmax(teacher_pred/T, 1)
+    return T**2*F.kl_div(log_s, log_t, reduction='batchmean', log_target=True)
+
+def attention(student, teacher):
+    "Zagoruyko and Komodakis 2017, as in their code, for maps of one size"
+    maps = [F.normalize(o.pow(2).mean(1).flatten(1)) for o in (student, teacher)]
+    return (maps[0] - maps[1]).pow(2).mean()

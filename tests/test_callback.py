@@ -1,0 +1,429 @@
+"What the callback computes, against hand-written training and hand computations."
+import math, pytest, torch, torch.nn.functional as F, warnings
+from fastai.basics import CrossEntropyLossFlat, Learner, SGD, params
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.schedule import SchedLin
+from fastai.metrics import accuracy, top_k_accuracy
+from fastai.torch_core import TensorImage, TensorMask
+from fastai.callback.training import GradientAccumulation
+from fastkd.all import *
+from functools import partial
+from helpers import (At, ByHand, attention, convnet, digits, fitted, furthest, learner, loaders, quiet, same, seeded, soft_target, trained_teacher,
+    weights)
+from types import SimpleNamespace
+from torch import nn
+
+BLOCKS = ['block1', 'block2']
+
+def KD(*args, **kwargs): return KnowledgeDistillationCallback(*args, **kwargs)
+
+# ---- The same numbers as by hand
+
+def student(p=0., **kwargs): return learner(seeded(convnet, 4, p), **kwargs)
+def steady_student(): return learner(opt_func=SGD) # Adam would turn a rounding error of a gradient that is 0 into a step
+
+@pytest.mark.parametrize('p', [0., .3])
+def test_hundred_steps_of_soft_target(p):
+    found, expected = student(p), student(p)
+    fitted(found, KD(trained_teacher(), SoftTarget(T=4), weight=.7), n_epoch=25)
+    fitted(expected, ByHand(trained_teacher(), lambda pred, teacher_pred, *fms: soft_target(pred, teacher_pred, 4.), .7), n_epoch=25)
+    assert len(found.recorder.losses) == 100
+    assert furthest(weights(found.model), weights(expected.model)) < 1e-6
+    assert found.recorder.values[-1][1] == pytest.approx(expected.recorder.values[-1][1], abs=1e-6)
+
+def test_hundred_steps_of_a_sum():
+    "Attention on two pairs, one of them with layers whose values the next layer overwrites"
+    def by_hand(pred, teacher_pred, fm_s, fm_t):
+        return soft_target(pred, teacher_pred) + 1000*(attention(fm_s['block1.1'], fm_t['block1.1']) + attention(fm_s['block2'], fm_t['block2']))
+    layers, found, expected, teacher = ['block1.1', 'block2'], steady_student(), steady_student(), trained_teacher()
+    fitted(found, KD(teacher, SoftTarget() + 1000*Attention(), layers, layers), n_epoch=25)
+    fitted(expected, ByHand(teacher, by_hand, layers_s=layers, layers_t=layers), n_epoch=25)
+    assert furthest(weights(found.model), weights(expected.model)) < 1e-6
+
+def test_task_weight():
+    "A weight of its own for the task: `task + 3·distillation`"
+    found = fitted(steady_student(), KD(trained_teacher(), Logits, weight=3., task_weight=1.))
+    expected = fitted(steady_student(), ByHand(trained_teacher(), lambda pred, teacher_pred, *fms: F.mse_loss(pred, teacher_pred), 3., task_weight=1.))
+    assert furthest(weights(found.model), weights(expected.model)) < 1e-6
+
+@pytest.mark.parametrize('weight,task_weight', [(1., None), (1., 0.)])
+def test_only_the_teacher(weight, task_weight):
+    "The labels do not matter: a student learns as well from samples whose labels are wrong"
+    wrong = [(x, (y + 1)%10) for x, y in digits()[:100]]
+    right, other = student(), student()
+    other.dls = loaders(wrong)
+    for learn in right, other: fitted(learn, KD(trained_teacher(), SoftTarget, weight=weight, task_weight=task_weight))
+    assert same(weights(right.model), weights(other.model))
+
+def test_schedule_of_a_temperature_and_of_parts():
+    "T falls from 8 to 1, the power of the attention and its factor rise"
+    class Scheduled(ByHand):
+        "Numbers that follow the share of training"
+        def after_loss(self):
+            T, p, factor = 8 - 7*self.pct_train, 1 + 2*self.pct_train, 500*self.pct_train
+            def maps(o): return F.normalize(o.abs().pow(p).mean(1).flatten(1))
+            self.loss = lambda pred, teacher_pred, fm_s, fm_t: (soft_target(pred, teacher_pred, T)
+                + factor*(maps(fm_s['block2']) - maps(fm_t['block2'])).pow(2).mean())
+            super().after_loss()
+    loss = SoftTarget() + Attention().on('block2', 'block2')
+    schedule = {'T': SchedLin(8, 1), 'attention.p': SchedLin(1, 3), 'attention.factor': SchedLin(0, 500)}
+    teacher = trained_teacher()
+    cb = KD(teacher, loss, schedule=schedule)
+    found = fitted(steady_student(), cb, n_epoch=5)
+    expected = fitted(steady_student(), Scheduled(teacher, None, layers_s=['block2'], layers_t=['block2']), n_epoch=5)
+    assert furthest(weights(found.model), weights(expected.model)) < 1e-6
+    assert found.recorder.distillation['T'] == pytest.approx([8 - 7*i/20 for i in range(20)])
+    assert found.recorder.distillation['attention.factor'] == pytest.approx([500*i/20 for i in range(20)])
+    assert (cb.loss.parts[0].loss.T, cb.loss.parts[1].loss.p, cb.loss.parts[1].factor) == (5, 2, 1) # given back
+
+def test_span_of_fine_tune():
+    "Both phases see one curve, and so do two runs of it"
+    seen, cb = [], KD(trained_teacher(), SoftTarget, weight=.8, schedule=cos, span=4)
+    learn = learner(splitter=lambda model: [params(model[:1]), params(model[1:])], cbs=cb)
+    note = At('after_batch', lambda learn: seen.append(learn.recorder.distillation['weight'][-1]) if learn.training else None, 6, 0)
+    for _ in range(2): learn.fine_tune(3, 1e-2, cbs=note)
+    curve = [.8*(1 - math.cos(math.pi*i/16))/2 for i in range(16)]
+    assert seen == pytest.approx(curve*2)
+
+def test_each_fit_on_its_own():
+    cb = KD(trained_teacher(), SoftTarget, schedule=lin)
+    learn = learner(cbs=cb)
+    curves = [fitted(learn, n_epoch=1).recorder.distillation['weight'] for _ in range(2)]
+    assert curves[0] == curves[1] == pytest.approx([0, .125, .25, .375])
+
+# ---- Weight 0
+
+FEATURES = dict(response=lambda: KD(trained_teacher(), SoftTarget, weight=0.),
+    schedule=lambda: KD(trained_teacher(), SoftTarget, schedule=lambda pct: 0.),
+    features=lambda: KD(trained_teacher(), 100*FitNet().on(BLOCKS, BLOCKS) + Attention().on('block1.1', 'block1.1'), weight=0.))
+
+@pytest.mark.parametrize('mix', [lambda: [], lambda: [MixUp()], lambda: [CutMix()]], ids=['plain', 'mixup', 'cutmix'])
+@pytest.mark.parametrize('make', FEATURES.values(), ids=FEATURES)
+def test_weight_zero(make, mix):
+    "Bit for bit plain training, with batch norm and dropout"
+    plain, silent = student(.5), student(.5)
+    fitted(plain, mix(), n_epoch=3)
+    fitted(silent, [*mix(), make()], n_epoch=3)
+    assert same(weights(plain.model), weights(silent.model))
+    assert all(torch.equal(plain.opt.state[p]['grad_avg'], silent.opt.state[q]['grad_avg'])
+        for p, q in zip(plain.model.parameters(), silent.model.parameters()))
+    assert [o[:3] for o in plain.recorder.values] == [o[:3] for o in silent.recorder.values]
+    assert plain.recorder.losses == silent.recorder.losses
+
+def test_weight_zero_still_measures():
+    learn = student()
+    learn.fit(1, 0., cbs=KD(trained_teacher(), SoftTarget, weight=0.))
+    assert learn.recorder.distillation['distillation_loss'][0] > 0
+
+# ---- Columns
+
+def test_valid_loss_is_the_task_loss():
+    learn = fitted(student(), KD(trained_teacher(), SoftTarget() + 1000*Attention().on(BLOCKS, BLOCKS)))
+    assert list(learn.recorder.values[-1][1:3]) == pytest.approx(list(learn.validate()), abs=1e-6)
+
+def test_teacher_does_not_run_in_validation():
+    calls, teacher = [], trained_teacher()
+    teacher.register_forward_hook(lambda *args: calls.append(1))
+    learn = learner(cbs=KD(teacher, SoftTarget))
+    fitted(learn, n_epoch=1)
+    assert len(calls) == 5 # the probe and four batches
+    learn.validate()
+    learn.get_preds()
+    learn.predict(digits()[0])
+    assert len(calls) == 5
+
+def test_columns():
+    "Names, order and values: means over the training batches of what a hand computation gives"
+    seen = []
+    class Watch(ByHand):
+        "Compute what the columns show, and change nothing"
+        order = 4
+        def after_loss(self):
+            loss, grad = self.learn.loss, self.learn.loss_grad
+            super().after_loss()
+            y = self.y
+            agree = (self.pred.argmax(1) == self.teacher_pred.argmax(1)).float().mean()
+            seen.append([grad, self.soft + 1000*self.att, self.soft, self.att, accuracy(self.teacher_pred, y), agree])
+            self.learn.loss, self.learn.loss_grad = loss, grad
+        def compare(self, pred, teacher_pred, fm_s, fm_t):
+            self.teacher_pred, self.soft, self.att = teacher_pred, soft_target(pred, teacher_pred), attention(fm_s['block2'], fm_t['block2'])
+            return self.soft
+    watch = Watch(trained_teacher(), None, layers_s=['block2'], layers_t=['block2'])
+    watch.loss = watch.compare
+    learn, loss = student(), SoftTarget() + 1000*Attention()
+    fitted(learn, [watch, KD(trained_teacher(), loss, 'block2', 'block2', teacher_metrics=True)])
+    names = ['task_loss', 'distillation_loss', 'soft_target_loss', 'attention_loss', 'teacher_accuracy', 'teacher_agreement']
+    assert list(learn.recorder.metric_names) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', *names, 'time']
+    means = torch.tensor(seen).view(2, 4, 6).mean(1)
+    for row, expected in zip(learn.recorder.values, means): assert list(row[3:]) == pytest.approx(expected.tolist(), rel=1e-5)
+    steps = learn.recorder.distillation
+    for i, name in enumerate(names[:4]): assert [float(o) for o in steps[name]] == pytest.approx([float(o[i]) for o in seen], rel=1e-5)
+    assert steps['weight'] == [.5]*8
+
+def test_train_loss_is_the_blend():
+    learn = fitted(student(), KD(trained_teacher(), SoftTarget, weight=.25), n_epoch=1)
+    steps, smooth = learn.recorder.distillation, 0.
+    for task, distillation in zip(steps['task_loss'], steps['distillation_loss']): smooth = .98*smooth + .02*(.75*task + .25*distillation)
+    assert learn.recorder.values[-1][0] == pytest.approx(float(smooth)/(1 - .98**4), rel=1e-5)
+
+def test_columns_of_two_of_a_kind():
+    loss = SoftTarget() + Attention().on('block1', 'block1') + Attention(p=4).on('block2', 'block2')
+    learn = fitted(student(), KD(trained_teacher(), loss), n_epoch=1)
+    assert list(learn.recorder.metric_names[4:-1]) == ['task_loss', 'distillation_loss', 'soft_target_loss', 'attention_loss', 'attention_loss_2']
+
+@pytest.mark.parametrize('metric', [partial(top_k_accuracy, k=2), top_k_accuracy], ids=['partial', 'function'])
+def test_teacher_metrics(metric):
+    "The metrics that are shown for the teacher may be written as those of a learner"
+    learn = fitted(student(), KD(trained_teacher(), SoftTarget, teacher_metrics=[metric]), n_epoch=1)
+    assert list(learn.recorder.metric_names[-3:-1]) == ['teacher_top_k_accuracy', 'teacher_agreement']
+    assert .9 < learn.recorder.values[-1][-2] <= 1
+
+def test_recorded_values_stay_what_they_were():
+    "Though gradient accumulation scales the loss in place, and nothing of the graph is kept"
+    seen, note = [], At('after_loss', lambda learn: seen.append(float(learn.loss_grad)) if learn.training else None, 4, 0)
+    learn = fitted(student(), [note, GradientAccumulation(100), KD(trained_teacher(), SoftTarget, weight=0.)], n_epoch=1)
+    assert [float(o) for o in learn.recorder.distillation['task_loss']] == seen
+    assert not any(o.requires_grad for values in learn.recorder.distillation.values() for o in values if isinstance(o, torch.Tensor))
+
+# ---- What losses ask for
+
+def test_functions_ask_by_name():
+    "Labels and activations, each what the batch has"
+    seen = {}
+    def ask_target(pred, target):
+        seen['target'] = target
+        return F.cross_entropy(pred, target)
+    def ask_fm_s(fm_s):
+        seen['fm_s'] = list(fm_s)
+        return sum(o.mean() for o in fm_s.values())
+    def ask_all(pred, **kwargs):
+        seen['all'] = sorted(kwargs)
+        return pred.mean()
+    batches, loss = [], as_sum(ask_target) + ask_fm_s + ask_all
+    note = At('before_batch', lambda learn: batches.append(learn.y) if learn.training else None, 99, 0)
+    fitted(student(), [note, KD(trained_teacher(), loss, BLOCKS, BLOCKS)], n_epoch=1)
+    assert torch.equal(seen['target'], batches[-1])
+    assert (seen['fm_s'], seen['all']) == (BLOCKS, ['axis', 'fm_s', 'fm_t', 'mask', 'target', 'teacher_pred'])
+
+def test_loss_that_asks_for_nothing_of_the_teacher_leaves_it_alone():
+    calls, teacher = [], trained_teacher()
+    teacher.register_forward_hook(lambda *args: calls.append(1))
+    fitted(student(), KD(teacher, lambda pred: pred.pow(2).mean()), n_epoch=1)
+    assert calls == []
+
+def test_teacher_stops_after_the_last_layer():
+    calls, teacher = [], trained_teacher()
+    teacher.head.register_forward_hook(lambda *args: calls.append(1))
+    fitted(student(), KD(teacher, 1000*Attention(), 'block1', 'block1'), n_epoch=2)
+    assert len(calls) == 1 # the probe, which has to see all
+
+# ---- Kinds of outputs, inputs and data
+
+class Wrapped(nn.Module):
+    "A model that returns its logits in a dict or tuple, with something before them"
+    def __init__(self, model, form): 
+        super().__init__()
+        self.model, self.form = model, form
+
+    def forward(self, x):
+        pred = self.model(x)
+        if self.form == 'dict': return dict(aux=pred.mean(), logits=pred)
+        return (pred, x) if self.form == 'tuple' else SimpleNamespace(logits=pred)
+
+@pytest.mark.parametrize('form', ['dict', 'tuple', 'object'])
+def test_outputs(form):
+    "The same training as with plain tensors"
+    def task(output, y): return F.cross_entropy(logits(output), y)
+    model = Wrapped(seeded(convnet, 4), form)
+    found = learner(model, loss_func=task, metrics=[])
+    fitted(found, KD(Wrapped(trained_teacher(), form), SoftTarget() + 10*Attention(), 'model.block2', 'model.block2'))
+    expected = learner(loss_func=F.cross_entropy, metrics=[])
+    fitted(expected, KD(trained_teacher(), SoftTarget() + 10*Attention(), 'block2', 'block2'))
+    assert same(weights(found.model.model), weights(expected.model))
+
+def test_logits_function():
+    "One that the user gives, for an output that nobody knows"
+    class Odd(Wrapped):
+        "The prediction is the last of three"
+        def forward(self, x): return x, x, self.model(x)
+    def last(output): return output[-1]
+    def task(output, y): return F.cross_entropy(output[-1], y)
+    found = learner(Odd(seeded(convnet, 4), None), loss_func=task, metrics=[])
+    fitted(found, KD(Odd(trained_teacher(), None), SoftTarget, logits=last))
+    expected = fitted(learner(loss_func=F.cross_entropy, metrics=[]), KD(trained_teacher(), SoftTarget))
+    assert same(weights(found.model.model), weights(expected.model))
+
+class TwoInputs(nn.Module):
+    "Adds two images"
+    def __init__(self, model): 
+        super().__init__()
+        self.model = model
+
+    def forward(self, a, b): return self.model(a + b)
+
+def two_inputs(model):
+    return quiet(Learner(loaders([(x/2, x/2, y) for x, y in digits()[:100]]), TwoInputs(model), CrossEntropyLossFlat(), metrics=accuracy))
+
+def test_several_inputs():
+    "Both reach a teacher of two inputs; `teacher_input` makes one of them for a teacher of one"
+    found = fitted(two_inputs(seeded(convnet, 4)), KD(TwoInputs(trained_teacher()), SoftTarget))
+    merged = fitted(two_inputs(seeded(convnet, 4)), KD(trained_teacher(), SoftTarget, teacher_input=lambda a, b: a + b))
+    assert same(weights(found.model), weights(merged.model))
+    calls = ByHand(trained_teacher(), lambda pred, teacher_pred, *fms: soft_target(pred, teacher_pred))
+    calls.teacher = TwoInputs(calls.teacher)
+    assert furthest(weights(found.model), weights(fitted(two_inputs(seeded(convnet, 4)), calls).model)) < 1e-6
+
+def test_batches_without_labels():
+    "Are not ours to distil: nothing fails, and weights stay"
+    learn = student()
+    before = weights(learn.model)
+    learn.fit(1, cbs=[KD(trained_teacher(), SoftTarget), At('before_batch', lambda learn: setattr(learn, 'yb', ()), nth=0)])
+    assert all(torch.equal(before[name], value) for name, value in weights(learn.model).items() if 'running' not in name and 'num' not in name)
+
+def masked_kl(pred, teacher_pred, keep, T):
+    "Mean over the kept rows, written with loops"
+    rows = [soft_target(s[None], t[None], T) for s, t, k in zip(pred, teacher_pred, keep) if k]
+    return sum(rows)/len(rows)
+
+def distillation_losses(dls, model, loss_func, **kwargs):
+    "The first distillation loss of a fit, and what it is made of"
+    learn, seen = quiet(Learner(dls, model, loss_func)), {}
+    note = At('after_loss', lambda learn: seen.update(xb=learn.xb, yb=learn.yb, pred=learn.pred.detach().clone()), 4)
+    learn.fit(1, 0., cbs=[note, KD(**kwargs)])
+    return float(learn.recorder.distillation['distillation_loss'][0]), SimpleNamespace(**seen)
+
+def sequences():
+    "Token labels of which some are ignored, and the classes in the last dimension"
+    torch.manual_seed(0)
+    tokens, y = torch.randint(1, 20, (16, 6)), torch.randint(0, 5, (16, 6))
+    y[torch.rand(16, 6) < .4], tokens[:, 4:] = -100, 0
+    return loaders(list(zip(tokens, y)), bs=16)
+
+def tagger(width): return nn.Sequential(nn.Embedding(20, width), nn.Linear(width, 5))
+
+def test_sequences_count_where_labels_do():
+    "`axis=-1`: ignored labels count neither in the task nor in the distillation, and padding does not by `mask=`"
+    for mask in None, lambda tokens: tokens != 0:
+        teacher = seeded(tagger, 8, seed=2)
+        value, seen = distillation_losses(sequences(), seeded(tagger, 4), CrossEntropyLossFlat(axis=-1), teacher=teacher, loss=SoftTarget(T=2), mask=mask)
+        keep = (seen.yb[0] != -100) if mask is None else (seen.yb[0] != -100) & (seen.xb[0] != 0)
+        expected = masked_kl(seen.pred.flatten(0, 1), teacher(*seen.xb).detach().flatten(0, 1), keep.flatten(), 2.)
+        assert value == pytest.approx(float(expected), rel=1e-5)
+
+@pytest.mark.parametrize('image,mask', [(torch.Tensor, torch.Tensor), (TensorImage, TensorMask)], ids=['tensors', 'images'])
+def test_segmentation_counts_where_labels_do(image, mask):
+    "`axis=1`, and one of the classes ignored; also with fastai's own types of tensors"
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 3, 6, 6), torch.randint(0, 4, (8, 6, 6))
+    dls = loaders([(a.as_subclass(image), b.as_subclass(mask)) for a, b in zip(x, y)], bs=8)
+    teacher, student = seeded(nn.Conv2d, 3, 4, 3, padding=1, seed=2), seeded(nn.Conv2d, 3, 4, 1)
+    value, seen = distillation_losses(dls, student, CrossEntropyLossFlat(axis=1, ignore_index=3), teacher=teacher, loss=SoftTarget(T=2))
+    rows = [o.as_subclass(torch.Tensor).detach().movedim(1, -1).flatten(0, 2) for o in (seen.pred, teacher(*seen.xb))]
+    expected = masked_kl(*rows, (seen.yb[0].as_subclass(torch.Tensor) != 3).flatten(), 2.)
+    assert value == pytest.approx(float(expected), rel=1e-5)
+
+@pytest.mark.parametrize('ignore,n', [(-100, 5), (4, 5)])
+def test_ignored_batch(ignore, n):
+    "Where no position counts, distillation is 0 and weights stay finite"
+    dls = loaders([(x, torch.full((6,), ignore)) for x in torch.randint(1, 20, (8, 6))], bs=8)
+    learn = quiet(Learner(dls, seeded(tagger, 4), lambda pred, y: F.cross_entropy(pred.flatten(0, 1), y.flatten(), ignore_index=ignore, reduction='sum')))
+    learn.loss_func.ignore_index = ignore
+    learn.loss_func.axis = -1
+    learn.fit(1, cbs=KD(seeded(tagger, 8), SoftTarget))
+    assert learn.recorder.distillation['distillation_loss'][0] == 0
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+
+def test_mixup_blends_both_labels():
+    "A loss that uses labels gets both sets, with the share of each sample"
+    class RightShare(LabelledResponseLoss):
+        "The student's probability of the label"
+        def rows(self, student, teacher, target): return student.softmax(1).gather(1, target[:, None])[:, 0]
+    mixup, seen = MixUp(), {}
+    def note(learn): seen.update(pred=learn.pred.detach(), y=learn.y, y1=mixup.yb1[0], lam=mixup.lam)
+    learn = student()
+    learn.fit(1, 0., cbs=[mixup, At('after_loss', note, 4), KD(trained_teacher(), RightShare())])
+    share = seen['pred'].softmax(1)
+    i = torch.arange(25)
+    expected = (share[i, seen['y']]*seen['lam'] + share[i, seen['y1']]*(1 - seen['lam'])).mean()
+    assert learn.recorder.distillation['distillation_loss'][0] == pytest.approx(float(expected), rel=1e-5)
+
+def test_teacher_sees_the_mixed_batch():
+    inputs, teacher = [], trained_teacher()
+    teacher.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    batches, note = [], At('after_pred', lambda learn: batches.append(learn.x) if learn.training else None, 99, 0)
+    fitted(student(), [MixUp(), note, KD(teacher, SoftTarget)], n_epoch=1)
+    assert len(inputs) == 5 and all(torch.equal(a, b) for a, b in zip(inputs[1:], batches))
+
+def test_recurrent_teacher_begins_anew_in_each_epoch():
+    resets, teacher = [], trained_teacher()
+    teacher.reset = lambda: resets.append(1)
+    learn = student()
+    learn.fit(3, cbs=KD(teacher, SoftTarget))
+    assert len(resets) == 4 # three epochs, and the probe
+
+# ---- Warnings
+
+def messages(learn, *cbs, n_fits=1):
+    "What is said in fits"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        for _ in range(n_fits): fitted(learn, cbs)
+    return [str(o.message) for o in said if issubclass(o.category, UserWarning)]
+
+HEALTHY = dict(soft_target=lambda: SoftTarget(T=4), sum=lambda: SoftTarget(T=4) + (1000*Attention()).on(BLOCKS, BLOCKS)
+    + (100*FitNet()).on('block2', 'block2') + (30000*PKT()).on('head.1', 'head.1'), logits=Logits)
+
+@pytest.mark.parametrize('loss', HEALTHY.values(), ids=HEALTHY)
+def test_nothing_is_said_of_what_works(loss): assert messages(student(), KD(trained_teacher(), loss()), n_fits=2) == []
+
+def test_advice_is_given_once():
+    said = messages(student(), KD(seeded(convnet, 16), 10*SoftTarget() + Attention(), BLOCKS, BLOCKS, weight=.02), n_fits=2)
+    assert ['the teacher is right on' in o for o in said] == [True, False]
+    assert '1000*Attention(p=2)' in said[1]
+
+def test_only_the_first_batch_is_looked_at(monkeypatch):
+    "Advice costs two backward passes, and a part that has been learned is quiet for a good reason"
+    import fastkd.callback
+    calls = []
+    monkeypatch.setattr(fastkd.callback, 'quiet_parts', lambda *args: calls.append(1) or {})
+    fitted(student(), KD(trained_teacher(), SoftTarget), n_epoch=3)
+    assert calls == [1]
+
+def test_a_schedule_that_begins_at_zero_gets_the_same_advice():
+    "Also with gradient accumulation, which scales the loss in place"
+    for cbs in [], [GradientAccumulation(1000)]:
+        for schedule in None, cos:
+            said = messages(student(), *cbs, KD(trained_teacher(), Attention(), 'block2', 'block2', .02, schedule))
+            assert len(said) == 1 and '1000*Attention(p=2)' in said[0]
+
+def test_ignored_labels_are_no_chance():
+    "A teacher that is right wherever labels count is not at chance"
+    x = torch.randint(1, 20, (32, 6))
+    y = torch.where(torch.rand(32, 6) < .1, x%2, -100)
+    teacher = nn.Embedding.from_pretrained(F.one_hot(torch.arange(20)%2).float()*9, freeze=False)
+    learn = quiet(Learner(loaders(list(zip(x, y)), bs=32), nn.Sequential(nn.Embedding(20, 4), nn.Linear(4, 2)), CrossEntropyLossFlat(axis=-1)))
+    assert messages(learn, KD(teacher, SoftTarget)) == []
+
+def test_attention_at_half_on_resnets():
+    "Values of attention are small: the usual factor is 1000"
+    from torchvision.models import resnet18
+    torch.manual_seed(0)
+    samples = list(zip(torch.randn(8, 3, 32, 32), torch.randint(0, 10, (8,))))
+    learn = quiet(Learner(loaders(samples, bs=4), seeded(resnet18, num_classes=10), CrossEntropyLossFlat()))
+    cb = KD(seeded(resnet18, num_classes=10, seed=1), Attention, 'layer2', 'layer2', weight=.5)
+    with pytest.warns(UserWarning, match=r'loss=1000\*Attention\(p=2\)'): learn.fit(1, cbs=cb)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        learn.fit(1, cbs=cb)
+
+# ---- Compiled students
+
+@pytest.mark.slow
+@pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
+def test_compiled_student(backend):
+    "A compiled model's layers are heard, and it learns what a plain one learns"
+    found, expected = student(), student()
+    found.model = torch.compile(found.model, backend=backend)
+    for learn in found, expected: fitted(learn, KD(trained_teacher(), SoftTarget() + 1000*Attention(), 'block2', 'block2'))
+    assert furthest(weights(found.model._orig_mod), weights(expected.model)) < 1e-5
+    assert float(found.recorder.distillation['attention_loss'][-1]) > 0
