@@ -102,7 +102,8 @@ def test_pkt(shape_s, shape_t, eps): agrees(PKT(eps), partial(formulas.pkt, eps=
 
 GRADCHECK = [(SoftTarget(T=3), (3, 4), (3, 4)), (SoftTarget(standardize=True), (3, 4), (3, 4)), (Logits(), (3, 4), (3, 4)),
     (FitNet(), (2, 3, 4, 2), (2, 3, 2, 2)), (FitNet(normalize=True), (2, 3, 2, 2), (2, 3, 2, 2)),
-    (Attention(p=1), (2, 3, 4, 2), (2, 2, 2, 2)), (Attention(), (2, 3, 4, 2), (2, 2, 2, 2)), (Attention(p=3, form='paper'), (2, 3, 2, 2), (2, 2, 2, 2)), (PKT(), (4, 3), (4, 2))]
+    (Attention(p=1), (2, 3, 4, 2), (2, 2, 2, 2)), (Attention(), (2, 3, 4, 2), (2, 2, 2, 2)),
+    (Attention(p=3, form='paper'), (2, 3, 2, 2), (2, 2, 2, 2)), (PKT(), (4, 3), (4, 2))]
 
 @each('loss,shape_s,shape_t', GRADCHECK)
 def test_gradcheck(loss, shape_s, shape_t):

@@ -68,10 +68,10 @@ class Loss(nn.Module):
     def check_setting(self, name, value):
         "Raise a ValueError where a setting is out of range"
         if name not in self.positive and name not in self.at_least: return
-        owner, least = type(self).__name__, self.at_least.get(name, -math.inf)
-        if not isinstance(value, Number): raise TypeError(f'{owner}: {name} is a number, not {value!r}')
-        if name in self.positive and not 0 < value < math.inf: raise ValueError(f'{owner}: {name} must be positive and finite, not {value:g}')
-        if not least <= value < math.inf: raise ValueError(f'{owner}: {name} must be at least {least:g} and finite, not {value:g}')
+        cls, least = type(self).__name__, self.at_least.get(name, -math.inf)
+        if not isinstance(value, Number): raise TypeError(f'{cls}: {name} is a number, not {value!r}')
+        if name in self.positive and not 0 < value < math.inf: raise ValueError(f'{cls}: {name} must be positive and finite, not {value:g}')
+        if not least <= value < math.inf: raise ValueError(f'{cls}: {name} must be at least {least:g} and finite, not {value:g}')
 
     def make_learned(self,
         probe, # What one sample looks like, a `Probe`
@@ -105,7 +105,9 @@ def _device_type(inputs): return next((tensor.device.type for tensor in _tensors
 
 def _full_precision(inputs):
     "Plain tensors, and those of half precision as float32, wherever they stand"
-    if isinstance(inputs, Tensor): return (inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs).as_subclass(Tensor)
+    if isinstance(inputs, Tensor):
+        full = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
+        return full.as_subclass(Tensor)
     if isinstance(inputs, Mapping): return {key: _full_precision(item) for key, item in inputs.items()}
     if isinstance(inputs, tuple) and hasattr(inputs, '_fields'): return type(inputs)(*map(_full_precision, inputs))
     return type(inputs)(map(_full_precision, inputs)) if isinstance(inputs, (tuple, list)) else inputs
