@@ -155,10 +155,9 @@ def store(self:Captures, name, output):
     if name == '':
         self.output = output
         return
-    else:
-        output = _first_tensor(output)
-        copied = torch.compiler.is_compiling() or self.copies.get((name, self.model.training), True) # no versions in a compiled graph
-        self.stored[name] = (output.clone() if copied else output), output, output._version
+    output = _first_tensor(output)
+    copied = torch.compiler.is_compiling() or self.copies.get((name, self.model.training), True) # no versions in a compiled graph
+    self.stored[name] = (output.clone() if copied else output), output, output._version
     self.n_stored += 1
     if self.n_stored == self.stop_after: raise StopForward
 

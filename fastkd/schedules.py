@@ -64,11 +64,12 @@ def as_schedules(
     "Bring every way of writing `schedule=` into one form"
     schedules = {} if schedule is None else dict(schedule) if isinstance(schedule, dict) else dict(weight=schedule)
     for name, curve in schedules.items():
-        if not isinstance(curve, Schedule) and not callable(curve):
-            raise TypeError(f"schedule['{name}'] is a `Schedule` or a fastai annealer such as `SchedLin(8, 1)`, not {curve!r}")
         if isinstance(curve, Schedule) and name != 'weight':
             raise ValueError(f"schedule['{name}'] is a `Schedule`, which multiplies and is for the weight only: give the values "
                 f"themselves, as in schedule={{'{name}': SchedLin(start, end)}}")
+        try: isinstance(curve, Schedule) or curve(.5) + 0.
+        except Exception as e:
+            raise TypeError(f"schedule['{name}'] is a `Schedule` or a fastai annealer such as `SchedLin(8, 1)`, not {curve!r}: {e}") from e
     return schedules
 
 def scheduled_value(
