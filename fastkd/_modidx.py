@@ -263,6 +263,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fastkd.schedules.Schedule.__repr__': ('schedules.html#schedule.__repr__', 'fastkd/schedules.py'),
                                   'fastkd.schedules.Schedule.plot': ('schedules.html#schedule.plot', 'fastkd/schedules.py'),
                                   'fastkd.schedules.Schedule.progress': ('schedules.html#schedule.progress', 'fastkd/schedules.py'),
+                                  'fastkd.schedules._check_annealer': ('schedules.html#_check_annealer', 'fastkd/schedules.py'),
                                   'fastkd.schedules.as_schedules': ('schedules.html#as_schedules', 'fastkd/schedules.py'),
                                   'fastkd.schedules.check_curve': ('schedules.html#check_curve', 'fastkd/schedules.py'),
                                   'fastkd.schedules.scheduled_value': ('schedules.html#scheduled_value', 'fastkd/schedules.py')},

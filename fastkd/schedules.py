@@ -64,13 +64,16 @@ def as_schedules(
     "Bring every way of writing `schedule=` into one form"
     schedules = {} if schedule is None else dict(schedule) if isinstance(schedule, dict) else dict(weight=schedule)
     for name, curve in schedules.items():
-        if isinstance(curve, Schedule) and name != 'weight':
+        if not isinstance(curve, Schedule): _check_annealer(name, curve)
+        elif name != 'weight':
             raise ValueError(f"schedule['{name}'] is a `Schedule`, which multiplies and is for the weight only: give the values "
                 f"themselves, as in schedule={{'{name}': SchedLin(start, end)}}")
-        try: isinstance(curve, Schedule) or curve(.5) + 0.
-        except Exception as e:
-            raise TypeError(f"schedule['{name}'] is a `Schedule` or a fastai annealer such as `SchedLin(8, 1)`, not {curve!r}: {e}") from e
     return schedules
+
+def _check_annealer(name, curve):
+    try: curve(.5) + 0.
+    except Exception as e:
+        raise TypeError(f"schedule['{name}'] is a `Schedule` or a fastai annealer such as `SchedLin(8, 1)`, not {curve!r}: {e}") from e
 
 def scheduled_value(
     curve, # A `Schedule`, an annealer, or None for a number that stays
