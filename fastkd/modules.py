@@ -137,7 +137,9 @@ class Captures:
             self.handles.append(module.register_forward_hook(_CaptureHook(self, name, module)))
         return self
 
-    def __exit__(self, *args): self.remove()
+    def __exit__(self, error, *args):
+        self.remove()
+        if error not in (None, StopForward): self.clear()
 
     def remove(self):
         "Take the hooks off"
@@ -199,10 +201,10 @@ def evaluating(
         for module in training: module.training = True
 
 # %% ../nbs/00_modules.ipynb #d7f5c601
-def _grid(shape):
-    "Positions of a map: `(H, W)` of `(B, C, H, W)`, or of a square channels-last `(B, H, W, C)`; None for other shapes"
+def _grid(shape, square):
+    "Positions of a map: `(H, W)` of `(B, C, H, W)`, or of `(B, H, W, C)` where pictures are `square`; None for other shapes"
     if len(shape) < 4: return None
-    channels_last = len(shape) == 4 and shape[1] == shape[2] != shape[3]
+    channels_last = square and len(shape) == 4 and shape[1] == shape[2] != shape[3]
     return tuple(shape[1:3]) if channels_last else tuple(shape[2:])
 
 def _is_candidate(module):
@@ -228,11 +230,10 @@ def _preference(model, order, name):
     is_leaf = not list(get_module_by_name(model, name).children())
     return is_leaf, name.count('.'), -order.index(name)
 
-def _stages_by_resolution(model, shapes):
+def _stages_by_resolution(model, grids):
     "One layer per resolution such that none holds another: a dict from resolution to name"
-    order, groups = list(shapes), {}
-    for name, shape in shapes.items():
-        grid = _grid(shape)
+    order, groups = list(grids), {}
+    for name, grid in grids.items():
         if grid and max(grid) > 1: groups.setdefault(grid, []).append(name)
     while True:
         best = {grid: min(names, key=partial(_preference, model, order)) for grid, names in groups.items() if names}
@@ -245,18 +246,22 @@ def _repeated_blocks(model, shapes):
     "Names of the largest family of siblings of one class, in the order in which they run"
     families = {}
     for name in shapes:
-        parent = name.rpartition('.')[0]
-        families.setdefault((parent, type(get_module_by_name(model, name))), []).append(name)
+        module = get_module_by_name(model, name)
+        content = tuple(map(type, module.children()))
+        kind = content if type(module) is nn.Sequential else type(module) # a plain container is what it contains
+        families.setdefault((name.rpartition('.')[0], kind, bool(content)), []).append(name)
     def rank(family):
-        (parent, _), names = family
-        return any(True for _ in get_module_by_name(model, names[0]).children()), len(names), -parent.count('.') - bool(parent)
+        (parent, kind, has_layers), names = family
+        is_block = has_layers and (isinstance(kind, type) or len(names) > 1)
+        return is_block, len(names), -parent.count('.') - bool(parent)
     return max(families.items(), key=rank)[1] if families else []
 
 def _stages(model, xb):
     "Stages of a model in the order in which they run: a dict from name to resolution, None where there is none"
     model = unwrap_model(model)
     shapes = _layer_shapes(model, xb)
-    by_resolution = _stages_by_resolution(model, shapes)
+    square = all(x.shape[-2] == x.shape[-1] for x in xb if x.ndim == 4)
+    by_resolution = _stages_by_resolution(model, {name: _grid(shape, square) for name, shape in shapes.items()})
     if len(by_resolution) > 1: return {name: grid for grid, name in by_resolution.items()}
     return dict.fromkeys(_repeated_blocks(model, shapes))
 
