@@ -105,6 +105,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fastkd.callback._set_learn': ('callback.html#_set_learn', 'fastkd/callback.py')},
             'fastkd.learned': { 'fastkd.learned.LearnedParts': ('learned.html#learnedparts', 'fastkd/learned.py'),
                                 'fastkd.learned.LearnedParts.__init__': ('learned.html#learnedparts.__init__', 'fastkd/learned.py'),
+                                'fastkd.learned.LearnedParts.follows': ('learned.html#learnedparts.follows', 'fastkd/learned.py'),
+                                'fastkd.learned.LearnedParts.state_dict': ('learned.html#learnedparts.state_dict', 'fastkd/learned.py'),
                                 'fastkd.learned.LearnedParts.step': ('learned.html#learnedparts.step', 'fastkd/learned.py'),
                                 'fastkd.learned._distributed': ('learned.html#_distributed', 'fastkd/learned.py'),
                                 'fastkd.learned._update': ('learned.html#_update', 'fastkd/learned.py'),
