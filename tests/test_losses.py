@@ -532,7 +532,8 @@ def test_unit():
     (lambda: SoftTarget(T=math.nan), 'T must be positive'), (lambda: SoftTarget(T=math.inf), 'T must be positive'),
     (lambda: Attention(p=.5), 'p must be at least 1'), (lambda: Attention(p=math.inf), 'p must be at least 1'),
     (lambda: Attention(form='equation'), "form is 'code' or 'paper'"), (lambda: PKT(eps=0), 'eps must be positive'),
-    (lambda: FitNet(adapter='conv'), "adapter is 'auto', None or a function")])
+    (lambda: FitNet(adapter='conv'), "adapter is 'auto', None or a function that makes a module, not 'conv'"),
+    (lambda: FitNet(adapter=nn.Conv2d(3, 5, 1)), r"adapter is 'auto', None or a function that makes a module, not Conv2d\(3, 5")])
 def test_settings_out_of_range(make, message):
     with pytest.raises(ValueError, match=message): make()
 

@@ -16,7 +16,8 @@ def mlp(*widths):
 
 def small_cnn(n_channels=4):
     "Named stages, each half as large as the one before"
-    def stage(n_in, n_out): return nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride=2, padding=1), nn.BatchNorm2d(n_out), nn.ReLU(inplace=True))
+    def stage(n_in, n_out):
+        return nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride=2, padding=1), nn.BatchNorm2d(n_out), nn.ReLU(inplace=True))
     return nn.Sequential(stage(3, n_channels), stage(n_channels, 2*n_channels), nn.Dropout(.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         nn.Linear(2*n_channels, 3))
 
@@ -26,8 +27,10 @@ def learner_of(model):
 
 # ---- Names
 
-WRAPPINGS = dict(plain=lambda o: o, parallel=nn.DataParallel, compiled=torch.compile, compiled_parallel=lambda o: nn.DataParallel(torch.compile(o)),
-    parallel_compiled=lambda o: torch.compile(nn.DataParallel(o)), learner=learner_of, learner_of_compiled=lambda o: learner_of(torch.compile(o)))
+def chain(*funcs): return lambda o: chain(*funcs[1:])(funcs[0](o)) if funcs else o
+
+WRAPPINGS = dict(plain=chain(), parallel=nn.DataParallel, compiled=torch.compile, compiled_parallel=chain(torch.compile, nn.DataParallel),
+    parallel_compiled=chain(nn.DataParallel, torch.compile), learner=learner_of, learner_of_compiled=chain(torch.compile, learner_of))
 
 @pytest.mark.parametrize('wrap', WRAPPINGS.values(), ids=WRAPPINGS)
 def test_names_in_wrappers(wrap):
@@ -84,8 +87,9 @@ def test_logits():
         "An object with fields, as in transformers"
         __getattr__ = dict.get
     z, hidden = torch.randn(2, 3), torch.randn(2, 5)
-    for output in (z, (z, hidden), [z], dict(a=z, b=hidden), dict(loss=hidden, logits=z), Output(loss=hidden, logits=z), dict(out=z, aux=hidden),
-        dict(logits=None, out=(z, hidden)), ((z, hidden), hidden), type('Fields', (), dict(logits=z))()): assert logits(output) is z
+    fields = type('Fields', (), dict(logits=z))()
+    for output in (z, (z, hidden), [z], dict(a=z, b=hidden), dict(loss=hidden, logits=z), Output(loss=hidden, logits=z),
+        dict(out=z, aux=hidden), dict(logits=None, out=(z, hidden)), ((z, hidden), hidden), fields): assert logits(output) is z
     for nothing in (None, 'text', (), {}, 3.):
         with pytest.raises(TypeError, match='no prediction found in a model output of type .*logits=lambda output'): logits(nothing)
 
@@ -93,7 +97,8 @@ def test_read_field():
     z = torch.randn(2, 3)
     output = dict(hidden_states=(z, z + 1), last=dict(deep=[z + 2]))
     assert torch.equal(read_field(output, 'hidden_states.1'), z + 1) and torch.equal(read_field(output, 'last.deep.0'), z + 2)
-    for missing in ('hidden_states.2', 'hidden_states.x', 'nothing', 'nothing.0', 'last.deep.1.2'): assert read_field(output, missing) is None
+    for missing in ('hidden_states.2', 'hidden_states.x', 'nothing', 'nothing.0', 'last.deep.1.2'):
+        assert read_field(output, missing) is None
 
 # ---- Pairs
 
@@ -118,12 +123,14 @@ def check_pairs(student, teacher, x):
 
 RESNET = ['conv1', 'layer1', 'layer2', 'layer3', 'layer4']
 
-@pytest.mark.parametrize('name,stages', [('resnet34', RESNET), ('mobilenet_v3_small', ['features.0', 'features.1', 'features.3', 'features.8', 'features.12']),
-    pytest.param('resnet50', RESNET, marks=pytest.mark.slow),
-    pytest.param('efficientnet_b0', ['features.1', 'features.2', 'features.3', 'features.5', 'features.8'], marks=pytest.mark.slow),
-    pytest.param('densenet121', ['features.conv0', *[f'features.denseblock{i}' for i in (1, 2, 3, 4)]], marks=pytest.mark.slow),
-    pytest.param('regnet_y_400mf', ['stem', *[f'trunk_output.block{i}' for i in (1, 2, 3, 4)]], marks=pytest.mark.slow),
-    pytest.param('mobilenet_v2', ['features.1', 'features.3', 'features.6', 'features.13', 'features.18'], marks=pytest.mark.slow)])
+def features(*ids): return [f'features.{i}' for i in ids]
+
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+@pytest.mark.parametrize('name,stages', [('resnet34', RESNET), ('mobilenet_v3_small', features(0, 1, 3, 8, 12)), slow('resnet50', RESNET),
+    slow('efficientnet_b0', features(1, 2, 3, 5, 8)), slow('mobilenet_v2', features(1, 3, 6, 13, 18)),
+    slow('densenet121', features('conv0', 'denseblock1', 'denseblock2', 'denseblock3', 'denseblock4')),
+    slow('regnet_y_400mf', ['stem', *[f'trunk_output.block{i}' for i in (1, 2, 3, 4)]])])
 def test_stages_of_cnns(name, stages):
     x = torch.randn(1, 3, 64, 64)
     assert check_pairs(cnn(name), cnn('resnet18'), x) == (stages, RESNET)
@@ -133,7 +140,7 @@ def test_stages_of_cnns(name, stages):
 @pytest.mark.parametrize('name', ['vgg11_bn', 'shufflenet_v2_x0_5', 'convnext_tiny', 'mnasnet0_5'])
 def test_other_cnns(name): check_pairs(cnn(name), cnn('resnet18'), torch.randn(1, 3, 64, 64))
 
-@pytest.mark.parametrize('size', [(64, 32), (32, 64), (96, 128), pytest.param((256, 128), marks=pytest.mark.slow)])
+@pytest.mark.parametrize('size', [(64, 32), (32, 64), (96, 128), slow((256, 128))])
 def test_pictures_that_are_not_square(size):
     "At 256×128, a ResNet's first stage has 64 channels and 64 rows"
     x = torch.randn(1, 3, *size)
@@ -198,7 +205,7 @@ def test_swin():
     "Channels-last stages pair with those of a ResNet by resolution"
     swin = tvm.SwinTransformer([4, 4], 16, [2, 2, 2, 2], [2, 2, 2, 2], [7, 7], num_classes=3)
     found = match_feature_layers(cnn('resnet18'), swin, torch.randn(1, 3, 128, 128))
-    assert found['student'] == RESNET[1:] and found['teacher'] == [f'features.{i}' for i in (1, 3, 5, 7)]
+    assert found['student'] == RESNET[1:] and found['teacher'] == features(1, 3, 5, 7)
     assert found['unmatched'] == dict(student=['conv1'], teacher=[])
 
 def test_mlps():
@@ -332,7 +339,8 @@ class Several(nn.Module):
         self.inner.forward = lambda x: self.make(x)
     def forward(self, x): return self.inner(x)
 
-@pytest.mark.parametrize('make', [lambda x: (x*2, x), lambda x: [x*2], lambda x: dict(a=x*2, b=x), lambda x: ((x*2, x), x), lambda x: (dict(a=(x*2,)),)])
+@pytest.mark.parametrize('make', [lambda x: (x*2, x), lambda x: [x*2], lambda x: dict(a=x*2, b=x), lambda x: ((x*2, x), x),
+    lambda x: (dict(a=(x*2,)),)])
 def test_first_tensor_of_an_output(make):
     x = torch.randn(2, 3)
     close(capture(Several(make), ['inner'], x)['inner'], 2*x)
@@ -380,7 +388,8 @@ def test_layers_that_do_not_run_are_absent():
     model.forward = lambda x: model.layer(x)
     assert list(capture(model, ['head', 'layer'], torch.randn(2, 3))) == ['layer']
 
-def in_place_net(): return nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 3), nn.Hardtanh(inplace=True), nn.Linear(3, 2))
+def in_place_net():
+    return nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 3), nn.Hardtanh(inplace=True), nn.Linear(3, 2))
 
 def test_in_place_successors():
     "In the first pass and in later ones, in training and evaluation, the value is the layer's own, with its gradient"

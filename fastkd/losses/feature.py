@@ -20,7 +20,8 @@ class FitNet(FeatureLoss):
         normalize:bool=False, # Compare directions only: channels are L2-normalized at each position first
     ):
         super().__init__()
-        if adapter not in ('auto', None) and not callable(adapter): raise ValueError(f"adapter is 'auto', None or a function, not {adapter!r}")
+        if adapter not in ('auto', None) and (isinstance(adapter, nn.Module) or not callable(adapter)):
+            raise ValueError(f"adapter is 'auto', None or a function that makes a module, not {adapter!r}")
         store_attr()
 
     def make_learned(self, probe):
