@@ -35,7 +35,7 @@ def peers(unpacked, monkeypatch):
 class TorchDistill:
     "Calls a loss of torchdistill with two tensors"
     where = dict(student_module_path='s', student_module_io='output', teacher_module_path='t', teacher_module_io='output')
-    def __init__(self, module): self.module = module
+    def __init__(self, peers): self.module = peers.torchdistill
     def kd(self, name, T, alpha=0): return self._call(getattr(self.module, name)(**self.where, temperature=T, alpha=alpha))
     def pkt(self, eps): return self._call(self.module.PKTLoss(**self.where, eps=eps))
 
@@ -63,7 +63,7 @@ LOGITS, MAPS = [(4, 5), (1, 3), (6, 2)], [((2, 3, 4, 5), (2, 6, 4, 5)), ((1, 2, 
 @pytest.mark.parametrize('T', [1., 4.])
 @pytest.mark.parametrize('shape', LOGITS)
 def test_response_losses_agree(peers, shape, T):
-    kd, inputs = TorchDistill(peers.torchdistill).kd, a_pair(shape)
+    kd, inputs = TorchDistill(peers).kd, a_pair(shape)
     agree(SoftTarget(T), lambda s, t: peers.fasterai.SoftTarget(s, t, T=T), inputs)
     agree(Logits(), peers.fasterai.Logits, inputs)
     agree(SoftTarget(T), kd('KDLoss', T), inputs, factor=T**2) # without labels it leaves T² out
@@ -74,13 +74,13 @@ def test_blend_with_the_task_loss_agrees(peers):
     "With labels, torchdistill has T²: its α·CE + (1−α)·T²·KL is our blend"
     student, teacher = a_pair((4, 5))
     y = torch.tensor([0, 4, 2, 2])
-    theirs = TorchDistill(peers.torchdistill).kd('KDLoss', 4., alpha=.3)(student, teacher, y)
+    theirs = TorchDistill(peers).kd('KDLoss', 4., alpha=.3)(student, teacher, y)
     close(.3*torch.nn.functional.cross_entropy(student, y) + .7*SoftTarget(4)(student, teacher), theirs)
 
 @pytest.mark.slow
 @pytest.mark.parametrize('shape_s,shape_t', MAPS)
 def test_attention_agrees(peers, shape_s, shape_t):
-    inputs, attention = a_pair(shape_s, shape_t), TorchDistill(peers.torchdistill).attention
+    inputs, attention = a_pair(shape_s, shape_t), TorchDistill(peers).attention
     for form in ('code', 'paper'): agree(Attention(form=form), attention(form), inputs)
     agree(Attention(), lambda s, t: peers.fasterai.Attention(dict(a=s), dict(b=t)), inputs)
     agree(Attention(p=4), lambda s, t: peers.fasterai.Attention(dict(a=s), dict(b=t), p=4), inputs)
@@ -94,7 +94,7 @@ def test_fitnet_agrees(peers, shape): agree(FitNet(), lambda s, t: peers.fastera
 @pytest.mark.parametrize('shape_s,shape_t', [((5, 3), (5, 7)), ((2, 4), (2, 4)), ((8, 16), (8, 2))])
 def test_pkt_agrees(peers, shape_s, shape_t, eps):
     "torchdistill also adds ε to the length of a row, a change of order ε"
-    agree(PKT(eps), TorchDistill(peers.torchdistill).pkt(eps), a_pair(shape_s, shape_t), rtol=100*eps, atol=10*eps)
+    agree(PKT(eps), TorchDistill(peers).pkt(eps), a_pair(shape_s, shape_t), rtol=100*eps, atol=10*eps)
 
 @pytest.mark.slow
 def test_schedules_agree(peers):
@@ -107,7 +107,8 @@ def test_schedules_agree(peers):
 
 # ---- Where they differ: what each computes, our number, their number
 
-def grad_of(loss, inputs): return value_and_grad(lambda s: loss(s, inputs[1]), inputs[0])[1].abs().max()
+def value_of(loss, inputs): return loss(*inputs)
+def largest_grad_of(loss, inputs): return value_and_grad(lambda s: loss(s, inputs[1]), inputs[0])[1].abs().max()
 
 def by_name(loss, **kwargs): return lambda s, t: loss(dict(a=s), dict(b=t), **kwargs)
 
@@ -116,33 +117,29 @@ ZEROS     = torch.zeros(2, 3, 4, 4, dtype=torch.float64), MAP[1]
 CONSTANT  = torch.ones(2, 3, dtype=torch.float64), MAP[1][..., 0, 0]
 ZERO_ROW  = torch.cat([torch.zeros(1, 3), torch.eye(3)]).double(), MAP[1].flatten()[:12].view(4, 3)
 
-DIFFERENCES = {
-    "fasterai's SoftTarget divides a sum over 4×5 positions by the batch size only": (
-        lambda: SoftTarget()(*DENSE), lambda peers: peers.fasterai.SoftTarget(*DENSE), .53909, 10.7818),
-    "torchdistill's KDLoss does that, too, and has no T² without labels": (
-        lambda: SoftTarget()(*DENSE), lambda peers: TorchDistill(peers.torchdistill).kd('KDLoss', 5.)(*DENSE), .53909, .431272),
-    "torchdistill's LogitStdKDLoss standardizes the last dimension, whatever it is": (
-        lambda: SoftTarget(2, standardize=True)(*DENSE),
-        lambda peers: 4*TorchDistill(peers.torchdistill).kd('LogitStdKDLoss', 2.)(*DENSE)/20, .631113, .486151),
-    "and its gradient at constant logits is beyond use": (
-        lambda: grad_of(SoftTarget(2, standardize=True), CONSTANT),
-        lambda peers: grad_of(TorchDistill(peers.torchdistill).kd('LogitStdKDLoss', 2.), CONSTANT), 0., 521937.),
-    "fasterai's Attention has no absolute value: at odd p, signs cancel": (
-        lambda: Attention(p=3)(*MAP), lambda peers: by_name(peers.fasterai.Attention, p=3)(*MAP), .085881, .113463),
-    "and at p=1 its gradient at a map of zeros is beyond use": (
-        lambda: grad_of(Attention(p=1), ZEROS), lambda peers: grad_of(by_name(peers.fasterai.Attention, p=1), ZEROS), 0., 1.03383e10),
-    "the gradient of torchdistill's PKTLoss at a row of zeros is not a number": (
-        lambda: grad_of(PKT(), ZERO_ROW), lambda peers: grad_of(TorchDistill(peers.torchdistill).pkt(1e-7), ZERO_ROW), .0140134, math.nan)}
-each_difference = pytest.mark.parametrize('ours,theirs,our_number,their_number', DIFFERENCES.values(), ids=DIFFERENCES)
+# dense outputs: both peers divide the sum over 4×5 positions by the batch size only; torchdistill has no T² unless there are
+# labels, and standardizes the last dimension, whatever it is; it divides a constant row by 1e-7, fasterai a map of zeros by 1e-12;
+# fasterai takes no absolute values, so that signs cancel at odd p; torchdistill takes the square root of zero
+STANDARDIZED = SoftTarget(2, standardize=True)
+DIFFERENCES = [(value_of, DENSE, SoftTarget(), .53909, lambda o: o.fasterai.SoftTarget, 10.7818),
+    (value_of, DENSE, SoftTarget(), .53909, lambda o: TorchDistill(o).kd('KDLoss', 5.), .431272),
+    (value_of, DENSE, STANDARDIZED, .631113, lambda o: TorchDistill(o).kd('LogitStdKDLoss', 2.), 2.43076),
+    (largest_grad_of, CONSTANT, STANDARDIZED, 0., lambda o: TorchDistill(o).kd('LogitStdKDLoss', 2.), 521937.),
+    (value_of, MAP, Attention(p=3), .085881, lambda o: by_name(o.fasterai.Attention, p=3), .113463),
+    (largest_grad_of, ZEROS, Attention(p=1), 0., lambda o: by_name(o.fasterai.Attention, p=1), 1.03383e10),
+    (largest_grad_of, ZERO_ROW, PKT(), .0140134, lambda o: TorchDistill(o).pkt(1e-7), math.nan)]
+NAMES = ['dense', 'dense-no-T²', 'dense-standardized', 'constant-row', 'odd-p', 'zero-map', 'zero-row']
+each_difference = pytest.mark.parametrize('measure,inputs,ours,our_number,theirs,their_number', DIFFERENCES, ids=NAMES)
 
 @each_difference
-def test_our_side_of_a_difference(ours, theirs, our_number, their_number):
-    close(ours(), our_number, rtol=1e-4)
+def test_our_side_of_a_difference(measure, inputs, ours, our_number, theirs, their_number):
+    close(measure(ours, inputs), our_number, rtol=1e-4)
     assert not math.isclose(our_number, their_number, rel_tol=.01)
 
 @pytest.mark.slow
 @each_difference
-def test_their_side_of_a_difference(peers, ours, theirs, our_number, their_number): close(theirs(peers), their_number, rtol=1e-4)
+def test_their_side_of_a_difference(peers, measure, inputs, ours, our_number, theirs, their_number):
+    close(measure(theirs(peers), inputs), their_number, rtol=1e-4)
 
 # ---- Where they broadcast, or cannot go on
 
@@ -168,5 +165,5 @@ def test_we_pool(peers):
     inputs = a_pair((2, 3, 8, 8), (2, 5, 4, 4))
     pooled = torch.nn.functional.adaptive_avg_pool2d(inputs[0], 4), inputs[1]
     close(Attention()(*inputs), by_name(peers.fasterai.Attention)(*pooled))
-    for loss in (by_name(peers.fasterai.Attention), TorchDistill(peers.torchdistill).attention('code')):
+    for loss in (by_name(peers.fasterai.Attention), TorchDistill(peers).attention('code')):
         with pytest.raises(RuntimeError): loss(*inputs)
