@@ -53,6 +53,6 @@ def _advice(part, share):
     "The message for a part, with the corrected line"
     usual = getattr(part.loss, 'usual_weight', None) or 0
     said = f"{part}: its gradient on the student is {share:.2g} of the task loss's, so it does nothing. "
-    if usual > part.factor: return said + f'Its usual factor is {usual}: loss={usual}*{part.loss}'
     if share == 0: return said + 'It does not depend on the parameters that are trained'
+    if usual > part.factor: return said + f'Its usual factor is {usual}: loss={usual}*{part.loss}'
     return said + f'A tenth would be loss={part.factor*.1/share:.0e}*{part.loss}'

@@ -281,8 +281,8 @@ def _start_learning(self:KnowledgeDistillationCallback):
     if loaded is not None: self.loss.load_state_dict(loaded['loss'])
     broadcast(self.loss)
     if not any(p.requires_grad for p in self.loss.parameters()): self._learned = None
-    elif self._learned is None or self._learned.of is not self.learn.opt: self._learned = LearnedParts(self.learn, self.loss)
-    if loaded is not None and self._learned is not None: self._learned.opt.load_state_dict(loaded['opt'])
+    elif self._learned is None or not self._learned.follows(self.learn.opt): self._learned = LearnedParts(self.learn, self.loss)
+    if loaded is not None and loaded['opt'] is not None: self._learned.opt.load_state_dict(loaded['opt'])
 
 @patch
 def after_cancel_step(self:KnowledgeDistillationCallback):
@@ -352,7 +352,7 @@ def after_loss(self:KnowledgeDistillationCallback):
         parts = self.loss.values(**given)
         distillation = self.loss.total(parts)
     if weight > 0:
-        learn.loss_grad = task_weight*task + weight*distillation
+        learn.loss_grad = (task_weight*task + weight*distillation).to(task.dtype) # a teacher in float64 does not change it
         learn.loss = learn.loss_grad.detach().clone()
     if is_first: fit.first = task, parts, given
     self._record(dict(weight=weight) | numbers, dict(task_loss=task, distillation_loss=distillation), parts, given)
@@ -448,7 +448,7 @@ def _advise(self:KnowledgeDistillationCallback, task, parts, given):
 def state_dict(self:KnowledgeDistillationCallback) -> dict:
     "What the losses learned, the state of their optimizer, and how many epochs are done"
     if self._loaded is not None: return copy.deepcopy(self._loaded)
-    opt = None if self._learned is None else self._learned.opt.state_dict()
+    opt = None if self._learned is None else self._learned.state_dict()
     return copy.deepcopy(dict(loss=self.loss.state_dict(), opt=opt, epochs_done=self._epochs_done))
 
 @patch
@@ -456,7 +456,7 @@ def load_state_dict(self:KnowledgeDistillationCallback,
     state:dict, # What `state_dict` returned
 ):
     "Go on from a saved state, at the next fit"
-    self._loaded, self._epochs_done = copy.deepcopy(state), state['epochs_done']
+    self._loaded, self._learned, self._epochs_done = copy.deepcopy(state), None, state['epochs_done']
 
 @patch
 def _restore(self:KnowledgeDistillationCallback, state):
@@ -464,6 +464,7 @@ def _restore(self:KnowledgeDistillationCallback, state):
     if state['loss'].keys() == self.loss.state_dict().keys(): return self.load_state_dict(state)
     for part in self.loss.parts:
         if isinstance(part.loss, Loss): part.loss.learned = None
+    self.loss.load_state_dict(state['loss'])
     self._learned = None
 
 # %% ../nbs/30_callback.ipynb #b447ed94

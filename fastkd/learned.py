@@ -14,7 +14,7 @@ from fastai.basics import norm_bias_params
 from fastai.callback.training import GradientClip
 from fastai.optimizer import OptimWrapper
 from fastcore.foundation import L
-from torch import nn
+from torch import Tensor, nn
 
 # %% ../nbs/27_learned.ipynb #9393303a
 def _distributed(): return dist.is_available() and dist.is_initialized()
@@ -32,10 +32,18 @@ class LearnedParts:
         if not learn.wd_bn_bias:
             for p in norm_bias_params(loss): self.opt.state[p]['do_wd'] = False
 
+    def follows(self, opt):
+        "Whether `opt` is the student's optimizer, or goes on from it, as the one that `learn.export` leaves"
+        return opt is self.of or any(isinstance(value, Tensor) for state in opt.state.values() for value in state.values())
+
+    def state_dict(self):
+        "State of the optimizer, of Python's own types, which `torch.load` takes for safe"
+        return {key: list(value) if isinstance(value, L) else value for key, value in self.opt.state_dict().items()}
+
     def step(self, learn):
         "Follow the student's optimizer through one step"
         for name, value in learn.opt.hypers[-1].items():
-            if isinstance(value, Number) and not isinstance(value, bool) and name in self.opt.hypers[0]: self.opt.set_hyper(name, value)
+            if isinstance(value, Number) and not isinstance(value, bool) and name in self.opt.hypers[0]: self.opt.set_hyper(name, float(value))
         if not self.skip and any(p.grad is not None for p in self.params): self.update(learn)
         self.skip = False
         self.opt.zero_grad()

@@ -1,9 +1,10 @@
 "Small learners, callbacks that interfere, and a hand-written callback to compare with."
-import random, torch, torch.nn.functional as F
+import pytest, random, torch, torch.nn.functional as F
 from collections import OrderedDict
 from contextlib import contextmanager
-from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, set_seed
+from fastai.basics import Callback, Categorize, CrossEntropyLossFlat, DataLoaders, Datasets, Learner, Normalize, set_seed
 from fastai.metrics import accuracy
+from fastai.torch_core import TensorImage
 from functools import cache
 from sklearn.datasets import load_digits
 from torch import nn
@@ -39,6 +40,24 @@ def learner(model=None, n=100, bs=25, cbs=None, metrics=accuracy, loss_func=None
     if model is None: model = seeded(convnet, 4)
     dls = loaders(digits()[:n], digits()[1000:1000 + bs], bs)
     return quiet(Learner(dls, model, loss_func or CrossEntropyLossFlat(), metrics=metrics, cbs=cbs, **kwargs))
+
+def image(i): return digits()[i][0].as_subclass(TensorImage)
+def name(i): return 'abcdefghij'[digits()[i][1]]
+
+def named_learner(model, vocab='abcdefghij', stats=None, n=100, bs=25, **kwargs):
+    "A learner of images whose classes have names; `stats` are the mean and deviation that normalize them"
+    dsets = Datasets(range(n), [[image], [name, Categorize(list(vocab), sort=False)]], splits=[range(n), range(bs)])
+    norm = [] if stats is None else [Normalize(*[torch.tensor(o).view(1, 1, 1, 1) for o in stats])]
+    dls = dsets.dataloaders(bs=bs, num_workers=0, device='cpu', after_batch=norm)
+    return quiet(Learner(dls, model, CrossEntropyLossFlat(), metrics=accuracy, **kwargs))
+
+def error_of(exc, learn, cb, n_batches=0):
+    "What is said instead of training; the student is as it was"
+    before, done = weights(learn.model), []
+    with pytest.raises(exc) as e: learn.fit(1, cbs=[At('after_step', lambda learn: done.append(1), nth=0), cb])
+    assert len(done) == n_batches
+    if n_batches == 0: assert same(weights(learn.model), before)
+    return str(e.value)
 
 @cache
 def trained_state():
