@@ -438,7 +438,8 @@ def _advise(self:KnowledgeDistillationCallback, task, parts, given):
     if self._fit.peak > 0 and not _is_compiled(self.learn.model): # a compiled graph can be walked only once
         params = [p for p in self.learn.model.parameters() if p.requires_grad]
         scale = self.learn.scaler.get_scale() if getattr(self.learn, 'scaler', None) else 1.
-        said |= quiet_parts(self._left_for_task(self._fit.peak)*task, parts, self.loss, self._fit.peak, params, scale)
+        try: said |= quiet_parts(self._left_for_task(self._fit.peak)*task, parts, self.loss, self._fit.peak, params, scale)
+        except RuntimeError: pass # some graphs can be walked only by `backward`, such as reentrant checkpoints
     for key, message in said.items():
         if message and key not in self._warned: warnings.warn(message, stacklevel=2)
         if message: self._warned.add(key)

@@ -12,6 +12,7 @@ from helpers import (At, ByHand, attention, convnet, digits, fitted, furthest, l
     weights)
 from types import SimpleNamespace
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 BLOCKS = ['block1', 'block2']
 
@@ -415,6 +416,23 @@ def test_attention_at_half_on_resnets():
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
         learn.fit(1, cbs=cb)
+
+@pytest.mark.parametrize('use_reentrant', [False, True])
+@pytest.mark.filterwarnings('ignore:None of the inputs have requires_grad')
+def test_checkpointed_activations(use_reentrant):
+    "A student that computes its activations anew in the backward pass learns what a plain one learns"
+    class Checkpointed(nn.Module):
+        "Keeps nothing of `model[1:]`"
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x): return checkpoint(self.model[2:], self.model[1](self.model[0](x)), use_reentrant=use_reentrant)
+    found, expected = learner(Checkpointed(seeded(convnet, 4)), opt_func=SGD), steady_student()
+    fitted(found, KD(trained_teacher(), SoftTarget() + 1000*Attention(), 'model.block1', 'block1'))
+    fitted(expected, KD(trained_teacher(), SoftTarget() + 1000*Attention(), 'block1', 'block1'))
+    names = [name for name, _ in expected.model.named_parameters()] # batch norm sees batches twice
+    assert furthest(*({name: model.get_parameter(name) for name in names} for model in (found.model.model, expected.model))) < 1e-6
 
 # ---- Compiled students
 
