@@ -466,10 +466,10 @@ def test_copies_made_before_the_pass_store_nothing():
 def test_replicas_do_not_write_into_the_original():
     "A shallow copy, as `DataParallel` makes it for each device, shares the hooks"
     model, x = small_cnn(), torch.randn(2, 3, 8, 8)
-    captures = Captures(model, ['0.0'])
+    captures = Captures(model, ['0.2'])
     with captures:
-        model[0][0]._replicate_for_data_parallel()(x)
-        copy.copy(model[0][0])(x)
+        model[0][2]._replicate_for_data_parallel()(x)
+        copy.copy(model[0][2])(x)
         assert captures.take() == {}
 
 def test_hooks_are_gone_after_errors():
