@@ -6,9 +6,11 @@
 __all__ = ['teacher_at_chance', 'quiet_parts']
 
 # %% ../nbs/28_advice.ipynb #9a7f7d36
+from dataclasses import replace
+
 import torch
 from torch import Tensor
-from .losses.core import Mixed
+from .losses.core import Mixed, Sum
 
 # %% ../nbs/28_advice.ipynb #c44c790f
 def teacher_at_chance(
@@ -47,12 +49,12 @@ def quiet_parts(
     "What to say of parts that are too quiet to matter"
     of_task = _gradient_size(task, params, scale)
     sizes = {part.name: weight*part.factor*_gradient_size(values[part.name], params, scale) for part in loss.parts}
-    return {part.name: _advice(part, sizes[part.name]/of_task) for part in loss.parts if sizes[part.name] < share*of_task}
+    return {part.name: _advice(loss, part, sizes[part.name]/of_task) for part in loss.parts if sizes[part.name] < share*of_task}
 
-def _advice(part, share):
+def _advice(loss, part, share):
     "The message for a part, with the corrected line"
     usual = getattr(part.loss, 'usual_weight', None) or 0
     said = f"{part}: its gradient on the student is {share:.2g} of the task loss's, so it does nothing. "
     if share == 0: return said + 'It does not depend on the parameters that are trained'
-    if usual > part.factor: return said + f'Its usual factor is {usual}: loss={usual}*{part.loss}'
-    return said + f'A tenth would be loss={part.factor*.1/share:.0e}*{part.loss}'
+    factor, why = (usual, 'Its usual factor is') if usual > part.factor else (float(f'{part.factor*.1/share:.0e}'), 'For a tenth of it, the factor is')
+    return said + f'{why} {factor:g}: loss={Sum([replace(o, factor=factor) if o is part else o for o in loss.parts])}'

@@ -23,7 +23,7 @@ from .advice import quiet_parts, teacher_at_chance
 from .learned import LearnedParts, broadcast
 from .learners import from_learner
 from .losses.core import Loss, Mixed, Probe, as_sum, loss_name
-from .modules import Captures, evaluating, get_module_by_name, logits, nearest_names, unwrap_model
+from .modules import Captures, evaluating, logits, missing_layer, reset_state, unwrap_model
 from .schedules import as_schedules, check_curve, scheduled_value
 from .teachers import Frozen, Teacher
 
@@ -48,9 +48,8 @@ class KnowledgeDistillationCallback(Callback):
     ):
         if teacher is None: raise TypeError('the teacher is None')
         students, teachers, self.loss = listify(activations_student), listify(activations_teacher), as_sum(loss)
+        self.loss = self.loss.without_learned() # what is learned here is the callback's, and the user's loss can be used again
         if students or teachers: self.loss = self.loss.on(students, teachers)
-        if students and not any(part.wants_layers for part in self.loss.parts):
-            warnings.warn(f'{self.loss} compares no activations: the layers {students} and {teachers} are not used', stacklevel=2)
         self.teacher, self.weight, self.task_weight, self.schedules = teacher, weight, task_weight, as_schedules(schedule)
         self.logits, self.teacher_input, self.teacher_dtype, self.mask = logits, teacher_input, teacher_dtype, mask
         self.span, self.teacher_metrics = span, teacher_metrics
@@ -96,6 +95,7 @@ def _as_teacher(self:KnowledgeDistillationCallback):
     if isinstance(teacher, Learner): teacher = from_learner(teacher, self.learn, *settings, axis=self._axis())
     elif isinstance(teacher, nn.Module): teacher = Frozen(teacher, *settings)
     elif not isinstance(teacher, Teacher): raise TypeError(f'a teacher is a module, a Learner or a Teacher, not a {type(teacher).__name__}')
+    elif settings != (logits, None, None): raise ValueError(f'{teacher} has settings of its own: give it logits, teacher_input and teacher_dtype')
     return teacher.to(next(self.learn.model.parameters()).device)
 
 @patch
@@ -147,7 +147,7 @@ def _inside_fit(learn):
     "Whether `learn.fit` is running now, seen from the call stack"
     frame = sys._getframe()
     while frame is not None:
-        if frame.f_code is Learner.fit.__code__ and frame.f_locals.get('self') is learn: return True
+        if frame.f_code is Learner._do_fit.__code__ and frame.f_locals.get('self') is learn: return True
         frame = frame.f_back
     return False
 
@@ -164,7 +164,7 @@ def before_fit(self:KnowledgeDistillationCallback):
     names = lambda side: list(dict.fromkeys(name for part in self.loss.parts for name in getattr(part, side) or []))
     wants = {name for part in self.loss.parts for name in part.wants}
     self._fit = SimpleNamespace(teacher=teacher, students=names('students'), teachers=names('teachers'), wants=wants,
-        wants_pred='teacher_pred' in wants or bool(self.teacher_metrics), peak=self._peak_weight(), captures=None, activations={},
+        wants_pred='teacher_pred' in wants or bool(self.teacher_metrics), peaks=self._peaks(), captures=None, activations={},
         ready=False, advised=False, n_batches=0, sums={}, first=None, problem=None, blamed=None, before=None)
     if hasattr(self.learn, 'lr_finder'): self._fit.before = self.state_dict()
     if self.span and self._epochs_done >= self.span: self._epochs_done = 0
@@ -246,11 +246,12 @@ def _look(self:KnowledgeDistillationCallback):
         fm_s = fit.captures.take()
         self._check_captured(fm_s)
         teacher_pred, fm_t = fit.teacher.outputs(one, fit.teachers, pred=fit.wants_pred)
-    if hasattr(model, 'reset'): model.reset()
+    reset_state(model)
     fit.teacher.reset()
     self._check_finite(teacher_pred, fm_t)
     target = apply(lambda y: y[:1] if isinstance(y, Tensor) else y, detuplify(tuple(learn.yb)))
-    self.loss.build(Probe(self.logits(output), teacher_pred, fm_s, fm_t, target, fit.axis, fit.teacher.teacher_module))
+    square = all(x.shape[2] == x.shape[3] for x in one if isinstance(x, Tensor) and x.ndim == 4)
+    self.loss.build(Probe(self.logits(output), teacher_pred, fm_s, fm_t, target, fit.axis, square, fit.teacher.teacher_module))
     self._start_learning()
     if hasattr(learn, 'recorder'): learn.recorder.distillation = {}
     fit.ready = True
@@ -259,11 +260,7 @@ def _look(self:KnowledgeDistillationCallback):
 @patch
 def _check_captured(self:KnowledgeDistillationCallback, fm_s):
     "Every student layer has run"
-    model = self.learn.model
-    for name in self._fit.students:
-        if name in fm_s: continue
-        if get_module_by_name(model, name) is not None: raise ValueError(f"student layer '{name}' did not run in the student's forward pass")
-        raise ValueError(f"the student has no layer '{name}'; nearest: {', '.join(nearest_names(model, name)) or 'none'}")
+    if missing := [name for name in self._fit.students if name not in fm_s]: raise missing_layer('student', self.learn.model, missing[0])
 
 @patch
 def _check_finite(self:KnowledgeDistillationCallback, teacher_pred, fm_t):
@@ -299,7 +296,7 @@ def after_step(self:KnowledgeDistillationCallback):
 def before_train(self:KnowledgeDistillationCallback):
     "Start the means of the epoch, and the teacher's sequence"
     if self.teacher is None:
-        raise RuntimeError('the teacher did not come along when this learner was exported or copied. Set it, `learn.knowledge_distillation.teacher = '
+        raise RuntimeError('the teacher did not come along when this learner was exported or copied. Set it (and teacher_input and mask), `learn.knowledge_distillation.teacher = '
             'teacher`, or train without it: `learn.remove_cb(KnowledgeDistillationCallback)`')
     if self._fit is None: self.before_fit() # the callback was taken off and put back in the middle of a fit
     self._fit.sums, self._fit.n_batches, self._fit.blamed = {}, 0, None
@@ -323,9 +320,10 @@ def after_pred(self:KnowledgeDistillationCallback):
     "Keep what the student's layers returned"
     if not self._takes_part() or not self._fit.students: return
     self._fit.captures.remove()
-    self._fit.activations = self._fit.captures.take()
-    if missing := [name for name in self._fit.students if name not in self._fit.activations]:
-        raise ValueError(f"student layer '{missing[0]}' did not run in the student's forward pass")
+    try:
+        self._fit.activations = self._fit.captures.take()
+        self._check_captured(self._fit.activations)
+    except Exception as e: self._fit.problem = e
 
 @patch
 def after_batch(self:KnowledgeDistillationCallback):
@@ -342,8 +340,14 @@ for _event in ('after_cancel_train', 'after_cancel_epoch'):
 # %% ../nbs/30_callback.ipynb #bfcf4845
 @patch
 def after_loss(self:KnowledgeDistillationCallback):
-    "Ask the teacher and blend"
-    if not self._takes_part(): return
+    "Ask the teacher and blend; an error waits for `before_backward`"
+    if not self._takes_part() or self._fit.problem is not None: return
+    try: self._blend()
+    except Exception as e: self._fit.problem = e
+
+@patch
+def _blend(self:KnowledgeDistillationCallback):
+    "Put the blend of both losses in the place of the task loss"
     fit, learn, numbers, task = self._fit, self.learn, self._numbers(), self.learn.loss_grad.clone() # which others scale in place
     weight, is_first = numbers.pop('weight'), not fit.advised
     task_weight = self._left_for_task(weight)
@@ -356,7 +360,7 @@ def after_loss(self:KnowledgeDistillationCallback):
         learn.loss = learn.loss_grad.detach().clone()
     if is_first: fit.first = task, parts, given
     self._record(dict(weight=weight) | numbers, dict(task_loss=task, distillation_loss=distillation), parts, given)
-    self._watch(distillation, given)
+    if weight > 0: self._watch(distillation, given)
 
 @patch
 def _given(self:KnowledgeDistillationCallback):
@@ -379,9 +383,10 @@ def _numbers(self:KnowledgeDistillationCallback):
 def _left_for_task(self:KnowledgeDistillationCallback, weight): return 1 - weight if self.task_weight is None else self.task_weight
 
 @patch
-def _peak_weight(self:KnowledgeDistillationCallback):
-    "The largest weight on the way"
-    return max(scheduled_value(self.schedules.get('weight'), self.weight, i/100) for i in range(101))
+def _peaks(self:KnowledgeDistillationCallback):
+    "The largest weight on the way, and the largest factors"
+    curves = {name: curve for name, curve in (dict(weight=None) | self.schedules).items() if name == 'weight' or name.endswith('factor')}
+    return {name: max(scheduled_value(curve, self.weight, i/100) for i in range(101)) for name, curve in curves.items()}
 
 # %% ../nbs/30_callback.ipynb #3c66f9ec
 @patch
@@ -413,11 +418,14 @@ def _watch(self:KnowledgeDistillationCallback, distillation, given):
     elif blamed:
         answer = [value for value in (given['teacher_pred'], *given['fm_t'].values()) if value is not None]
         cause = f"the teacher's answer is not: {fit.teacher}" if not all(o.isfinite().all() for o in answer) else f"so is the teacher's answer: {self.loss}"
-        fit.problem = f"the distillation loss is not finite at training batch {fit.n_batches}; the student's prediction is, and {cause}"
+        fit.problem = RuntimeError(f"the distillation loss is not finite at training batch {fit.n_batches}; the student's prediction is, and {cause}")
 
 @patch
 def after_train(self:KnowledgeDistillationCallback):
-    "Read the flag of the epoch"
+    "Read the flag of the epoch, and move what was recorded off the device"
+    for values in getattr(getattr(self.learn, 'recorder', None), 'distillation', {}).values():
+        pending = [value for value in values if isinstance(value, Tensor)] # this epoch's, at the end
+        if pending: values[-len(pending):] = torch.stack(pending).tolist()
     if self._fit is not None and self._fit.blamed is not None and self._fit.blamed:
         raise RuntimeError(f"the distillation loss was not finite in this epoch though the student's predictions were: {self._fit.teacher}, {self.loss}")
 
@@ -426,7 +434,7 @@ def before_backward(self:KnowledgeDistillationCallback):
     "Speak up before anything is changed"
     fit = self._fit
     if fit is None: return
-    if fit.problem is not None: raise RuntimeError(fit.problem)
+    if fit.problem is not None: raise fit.problem
     if fit.first is not None: self._advise(*fit.first)
     fit.first, fit.advised = None, True
 
@@ -435,10 +443,13 @@ def before_backward(self:KnowledgeDistillationCallback):
 def _advise(self:KnowledgeDistillationCallback, task, parts, given):
     "Warn once of a teacher at chance and of parts that do nothing"
     said = dict(chance=teacher_at_chance(given['teacher_pred'], given['target'], self._mask(), self._fit.axis))
-    if self._fit.peak > 0 and not _is_compiled(self.learn.model): # a compiled graph can be walked only once
+    factors = dict(self._fit.peaks)
+    weight = factors.pop('weight')
+    if weight > 0 and not _is_compiled(self.learn.model): # a compiled graph can be walked only once
         params = [p for p in self.learn.model.parameters() if p.requires_grad]
         scale = self.learn.scaler.get_scale() if getattr(self.learn, 'scaler', None) else 1.
-        try: said |= quiet_parts(self._left_for_task(self._fit.peak)*task, parts, self.loss, self._fit.peak, params, scale)
+        try:
+            with self.loss.setting(factors): said |= quiet_parts(self._left_for_task(weight)*task, parts, self.loss, weight, params, scale)
         except RuntimeError: pass # some graphs can be walked only by `backward`, such as reentrant checkpoints
     for key, message in said.items():
         if message and key not in self._warned: warnings.warn(message, stacklevel=2)
@@ -471,8 +482,9 @@ def _restore(self:KnowledgeDistillationCallback, state):
 # %% ../nbs/30_callback.ipynb #b447ed94
 @patch
 def __getstate__(self:KnowledgeDistillationCallback):
-    "Everything but the teacher, what the losses learned, and the running fit"
-    return {**self.__dict__, **dict(teacher=None, loss=self.loss.without_learned(), _fit=None, _learned=None, _loaded=None)}
+    "Everything but the teacher and its input, what the losses learned, and the running fit"
+    left_behind = dict(teacher=None, teacher_input=None, mask=None, _fit=None, _learned=None, _loaded=None)
+    return {**self.__dict__, **left_behind, 'loss': self.loss.without_learned()}
 
 # %% ../nbs/30_callback.ipynb #ead8ab1c
 if 'distillation' not in Recorder._stateattrs: Recorder._stateattrs += ('distillation',) # what was recorded is not exported

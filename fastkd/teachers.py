@@ -12,7 +12,7 @@ from contextlib import nullcontext
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .modules import Captures, StopForward, evaluating, get_module_by_name, logits, nearest_names, unwrap_model
+from .modules import Captures, StopForward, evaluating, get_module_by_name, logits, missing_layer, reset_state, unwrap_model
 
 # %% ../nbs/20_teachers.ipynb #66433353
 class Teacher:
@@ -53,7 +53,8 @@ class Frozen(Teacher):
         "Answer for a batch, in one pass through the model"
         layers = tuple(layers)
         if not pred and not layers: return None, {}
-        captures = self.captures.setdefault(layers, Captures(self.module, layers))
+        if layers not in self.captures: self.captures[layers] = Captures(self.module, layers)
+        captures = self.captures[layers]
         can_stop = not pred and captures.counted is not None
         captures.stop_after = captures.counted if can_stop else None
         output = None
@@ -82,9 +83,7 @@ def _autocast(self:Frozen):
 @patch
 def _missing(self:Frozen, name):
     "The error for a layer that did not answer"
-    if get_module_by_name(self.module, name) is not None:
-        return ValueError(f"teacher layer '{name}' did not run in the teacher's forward pass")
-    return ValueError(f"the teacher has no layer '{name}'; nearest: {', '.join(nearest_names(self.module, name)) or 'none'}")
+    return missing_layer('teacher', self.module, name)
 
 # %% ../nbs/20_teachers.ipynb #b398e1fd
 @patch
@@ -98,7 +97,7 @@ def to(self:Frozen,
 @patch
 def reset(self:Frozen):
     "Begin a new sequence, for recurrent models"
-    if hasattr(self.module, 'reset'): self.module.reset()
+    reset_state(self.module)
 
 # %% ../nbs/20_teachers.ipynb #81b6fe95
 @patch

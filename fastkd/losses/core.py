@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from fastcore.basics import camel2snake, listify, patch
+from ..modules import evaluating
 
 # %% ../../nbs/10_losses.core.ipynb #e75066ed
 INPUTS = dict(pred='logits of the student, `(bs, n_classes, ...)`', teacher_pred='logits of the teacher, of the same shape',
@@ -122,15 +123,16 @@ class Probe:
     fm_t: dict = field(default_factory=dict) # Teacher's activations
     target: Tensor = None # The sample's label
     axis: int = 1 # Dimension of `pred` that holds the classes
+    square: bool = True # Whether images are square, so that `(bs, 64, 64, 48)` must be channels-last
     teacher_module: Callable = None # `teacher_module(name)` is a layer of the teacher, to read its statistics or its head
 
 # %% ../../nbs/10_losses.core.ipynb #1d94b3a0
 @patch
-def build(self:Loss, probe):
+def build(self:Loss, probe, stream=0):
     "Make the learned parts once, then check that the loss can work with what `probe` holds"
     if self.learned is None:
         with torch.random.fork_rng(devices=[]):
-            seed = (torch.initial_seed() + 0x5eed) % 2**63 # another stream than the student's own weights
+            seed = (torch.initial_seed() + 0x5eed + stream) % 2**63 # another stream than the student's own weights
             torch.default_generator.manual_seed(seed) # `torch.manual_seed` would seed GPUs, too
             self.learned = self.make_learned(probe)
         if self.learned is not None: self.learned.to(next(_tensors(_full_precision(vars(probe)))))
@@ -225,7 +227,11 @@ class PairLoss(Loss):
         "Pairs of activations in their common form"
         fm_s, fm_t = as_list(fm_s), as_list(fm_t)
         self.check_number(len(fm_s), len(fm_t))
-        return [self.bring(s, t) for s, t in zip(fm_s, fm_t)]
+        return [self.common_form(s, t) for s, t in zip(fm_s, fm_t)]
+
+    def common_form(self, student, teacher):
+        if len(student) != len(teacher): raise ValueError(f'{len(student)} samples of the student, {len(teacher)} of the teacher')
+        return self.bring(student, teacher)
 
     def forward(self,
         fm_s:dict, # Student's activations by layer name (a list or a single tensor does, too)
@@ -244,8 +250,8 @@ class PairLoss(Loss):
         "Compare the probe's activations, and name the layers where that fails"
         self.check_number(len(probe.fm_s), len(probe.fm_t))
         for (name_s, s), (name_t, t), part in zip(probe.fm_s.items(), probe.fm_t.items(), self.parts_for(len(probe.fm_s))):
-            with torch.no_grad():
-                try: self.pair(*self.bring(_full_precision(s), _full_precision(t)), *part)
+            with torch.no_grad(), evaluating(self):
+                try: self.pair(*self.common_form(_full_precision(s), _full_precision(t)), *part)
                 except (ValueError, RuntimeError) as e:
                     raise ValueError(f"{self} cannot compare student layer '{name_s}' {tuple(s.shape)} with teacher layer "
                         f"'{name_t}' {tuple(t.shape)}: {e}") from e
@@ -253,9 +259,7 @@ class PairLoss(Loss):
 # %% ../../nbs/10_losses.core.ipynb #d3c92959
 class RelationLoss(PairLoss):
     "Base of losses on relations between samples: implement `pair(student, teacher)` on rows `(bs, n_features)`"
-    def bring(self, student, teacher):
-        if len(student) != len(teacher): raise ValueError(f'{len(student)} samples of the student, {len(teacher)} of the teacher')
-        return student.flatten(1), teacher.flatten(1)
+    def bring(self, student, teacher): return student.flatten(1), teacher.flatten(1)
 
 def unit(
     rows:Tensor, # `(N, D)`
@@ -283,9 +287,10 @@ def to_square(tokens):
 def same_positions(
     student:Tensor, # Student's activation, in any of the layouts above
     teacher:Tensor, # Teacher's activation
+    square:bool=True, # Whether images are square; else a map is never taken for a channels-last one
 ) -> tuple: # Both as `(bs, channels, *positions)` with the same positions
     "Bring two activations to the same positions: the larger map is average-pooled to the smaller"
-    square = all(o.ndim != 4 or o.shape[2] in (o.shape[1], o.shape[3]) for o in (student, teacher)) # else (bs, 8, 8, 6) has 8 channels
+    square = square and all(o.ndim != 4 or o.shape[2] in (o.shape[1], o.shape[3]) for o in (student, teacher)) # else (bs, 8, 8, 6) has 8 channels
     student, teacher = channels_first(student, square), channels_first(teacher, square)
     if student.shape[2:] == teacher.shape[2:]: return student, teacher
     if student.ndim != teacher.ndim or student.ndim == 3:
@@ -299,9 +304,12 @@ def same_positions(
 # %% ../../nbs/10_losses.core.ipynb #fc5f73d6
 class FeatureLoss(PairLoss):
     "Base of losses on features: implement `pair(student, teacher)` on `(bs, channels, *positions)` with equal positions"
-    def bring(self, student, teacher):
-        if len(student) != len(teacher): raise ValueError(f'{len(student)} samples of the student, {len(teacher)} of the teacher')
-        return same_positions(student, teacher)
+    square = True # whether images are square, as far as is known
+    def bring(self, student, teacher): return same_positions(student, teacher, self.square)
+
+    def build(self, probe, stream=0):
+        self.square = probe.square
+        return super().build(probe, stream)
 
 def make_adapter(
     student:Tensor, # `(bs, channels, *positions)`
@@ -329,6 +337,7 @@ class Part:
     def wants_layers(self): return 'fm_s' in self.wants or 'fm_t' in self.wants
 
     def check_factor(self, value):
+        if not isinstance(value, Number): raise TypeError(f'a loss is multiplied by a number, as in 1000*Attention(), not by {value!r}')
         if not 0 <= value < math.inf: raise ValueError(f'{self.name}: a factor is a finite number >= 0, not {value:g}')
 
     def __repr__(self):
@@ -375,6 +384,7 @@ class Sum(nn.Module):
         if len(students) != len(teachers):
             raise ValueError(f'{len(students)} student layers {students} and {len(teachers)} teacher layers {teachers} do not pair')
         fill = lambda part: part.wants_layers and part.students is None
+        if not any(map(fill, self.parts)): raise ValueError(f'no part of {self} is without layers and compares activations')
         return Sum([replace(part, students=students, teachers=teachers) if fill(part) else part for part in self.parts])
 
 # %% ../../nbs/10_losses.core.ipynb #6c9bba31
@@ -412,10 +422,10 @@ def forward(self:Sum, pred=None, teacher_pred=None, fm_s=None, fm_t=None, target
 @patch
 def build(self:Sum, probe):
     "Build and check all parts"
-    for part in self.parts:
+    for i, part in enumerate(self.parts):
         if not isinstance(part.loss, Loss): continue
         own = probe if part.students is None else replace(probe, fm_s=pick(probe.fm_s, part.students), fm_t=pick(probe.fm_t, part.teachers))
-        part.loss.build(own)
+        part.loss.build(own, stream=i)
     return self
 
 @patch
