@@ -507,6 +507,17 @@ def test_channels_as_many_as_rows(shape_s, shape_t):
     weight, bias = (p.detach().numpy() for p in loss.parameters())
     close(loss(f_s, f_t), formulas.fitnet(f_s.numpy(), f_t.numpy(), weight[..., 0, 0], bias))
 
+@each('loss', [Attention(), FitNet(normalize=True)])
+def test_pictures_that_are_not_square(loss):
+    "Where both maps could be channels-last, the probe tells that they are not: 256×128 pictures give ResNets 64 channels of 64 rows"
+    f_s, f_t = a_pair((2, 8, 8, 6))
+    expected = dict(Attention=formulas.attention, FitNet=partial(formulas.fitnet, normalize=True))[type(loss).__name__]
+    loss = loss.without_learned().build(Probe(fm_s=dict(s=f_s[:1]), fm_t=dict(t=f_t[:1]), square=False))
+    close(loss(f_s, f_t), expected(f_s.numpy(), f_t.numpy()))
+    loss.build(Probe(fm_s=dict(s=f_s[:1]), fm_t=dict(t=f_t[:1]), square=True))
+    last = [o.permute(0, 3, 1, 2).numpy() for o in (f_s, f_t)]
+    close(loss(f_s, f_t), expected(*last))
+
 def test_layouts_that_do_not_compare():
     for shape_s, shape_t in (((2, 3, 4, 4), (2, 3)), ((2, 3, 4, 4, 4), (2, 3, 4, 4)), ((2, 16, 3), (2, 3))):
         with pytest.raises(ValueError, match='no positions in common|no square image'): FitNet()(*a_pair(shape_s, shape_t))

@@ -38,7 +38,7 @@ def test_factors():
         (3*(2*SoftTarget() + Logits()), 6*soft + 3*logits), ((2*SoftTarget() + Logits())*.5, soft + logits/2),
         (0*SoftTarget() + Logits(), logits),
         (SoftTarget() + 2*(Logits() + 3*SoftTarget()), 7*soft + 2*logits), (sum([SoftTarget(), Logits()]), soft + logits),
-        (np.float64(2)*SoftTarget(), 2*soft), (tensor(2.)*SoftTarget(), 2*soft)):
+        (np.float64(2)*SoftTarget(), 2*soft)):
         assert isinstance(total, Sum)
         close(total(*predictions(given)), expected)
 
@@ -61,6 +61,10 @@ def test_a_sum_of_sums_keeps_its_parts():
 @pytest.mark.parametrize('factor', [-1, math.inf, math.nan])
 def test_factors_out_of_range(factor):
     with pytest.raises(ValueError, match='soft_target: a factor is a finite number >= 0'): factor*SoftTarget()
+
+@pytest.mark.parametrize('factor', [tensor(2.), None, '2'])
+def test_factors_are_numbers(factor):
+    with pytest.raises(TypeError): factor*SoftTarget()
 
 def test_values_and_total():
     given = batch()
@@ -306,6 +310,11 @@ def test_build_is_seeded():
     first, same, other = weights(1, 0), weights(1, 100), weights(2, 0)
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first)
+
+def test_parts_start_with_numbers_of_their_own():
+    loss = (FitNet().on('a', 'a') + FitNet().on('a', 'a')).build(probe_of(batch()))
+    first, second = (part.loss.learned[0].weight for part in loss.parts)
+    assert not torch.equal(first, second)
 
 def test_adapters_are_no_copy_of_the_students_weights():
     "With the seed of `build`, a student made first would start with the same numbers"
