@@ -42,7 +42,7 @@ def test_adapter_learns():
     cb, learn = KD(trained_teacher(), FitNet(), 'block2', 'block1', weight=10., task_weight=1.), learner(n=400)
     learn.fit_one_cycle(4, 2e-2, cbs=cb)
     assert [tuple(p.shape) for p in cb.loss.parameters()] == [(16, 8, 1, 1), (16,)]
-    values = torch.stack(learn.recorder.distillation['distillation_loss'])
+    values = torch.tensor(learn.recorder.distillation['distillation_loss'])
     assert values[-8:].mean() < values[:4].mean()/2
 
 def test_adapter_alone_learns():

@@ -56,6 +56,30 @@ class OnCPU(MixedPrecision):
         self.autocast = torch.autocast('cpu', dtype=torch.float16 if half else torch.bfloat16)
         self.learn.scaler, self.scales = torch.amp.GradScaler('cpu', enabled=half, **self.scaler_args), []
 
+@pytest.mark.parametrize('loss,match', [(lambda pred, teacher_pred: (pred - teacher_pred)**2, 'returns a scalar'),
+    (lambda pred, teacher_pred: pred @ teacher_pred, 'cannot be multiplied')], ids=['no scalar', 'bad shapes'])
+def test_a_failing_loss_leaves_autocast_off(loss, match):
+    "Its error waits for `before_backward`: no step is taken, and the process is left as it was"
+    learn = learner()
+    before = dict(learn.model.named_parameters())
+    before = {name: p.detach().clone() for name, p in before.items()}
+    with pytest.raises((ValueError, RuntimeError), match=match): learn.fit(1, cbs=[KD(trained_teacher(), loss), OnCPU(AMPMode.BF16)])
+    assert not torch.is_autocast_enabled('cpu')
+    assert same(before, {name: p.detach() for name, p in learn.model.named_parameters()})
+
+def test_a_callback_owns_its_loss():
+    "The user's loss learns nothing: the same object in two fits, or twice in a sum, is two losses with adapters of their own"
+    loss = FitNet()
+    cb = KD(trained_teacher(), loss.on('block1', 'block1') + loss.on('block2', 'block2'))
+    fitted(learner(), cb, n_epoch=1)
+    assert loss.learned is None
+    assert [tuple(p.shape[:2]) for p in cb.loss.parameters() if p.ndim > 1] == [(16, 4), (32, 8)]
+    equal = KD(trained_teacher(), loss.on('block2', 'block2') + loss.on('block2', 'block2'))
+    learn = learner()
+    learn.fit(1, 0., cbs=equal)
+    first, second = [p for p in equal.loss.parameters() if p.ndim > 1]
+    assert not torch.equal(first, second)
+
 @pytest.mark.parametrize('mode,tol', [(AMPMode.FP16, 3e-3), (AMPMode.BF16, 3e-2)])
 def test_mixed_precision(mode, tol):
     "Close to float32; adapters stay float32, and autocast ends"
@@ -67,7 +91,7 @@ def test_mixed_precision(mode, tol):
     assert 0 < furthest(adapters(cb), adapters(cb_half)) < tol
     assert {p.dtype for p in cb_half.loss.parameters()} == {torch.float32} and not torch.is_autocast_enabled('cpu')
     for name in 'task_loss', 'distillation_loss':
-        values = [torch.stack(learn.recorder.distillation[name]) for learn in (full, half)]
+        values = [torch.tensor(learn.recorder.distillation[name]) for learn in (full, half)]
         assert torch.allclose(*values, rtol=.05) and values[1].dtype == torch.float32
 
 def test_overflow_skips_the_adapters_too():
