@@ -18,7 +18,7 @@ help:
 	@echo 'make bench      speed and memory'
 
 demo: $(DEV)
-	$(BIN)/python -m fastkd.demo
+	$(BIN)/python -W ignore::FutureWarning -m fastkd.demo
 
 test: $(DEV)
 	$(PYTEST) -m 'not slow'

@@ -116,7 +116,7 @@ class Experiment:
     student_augmented: bool # Whether students see augmented images, too
 
 EXPERIMENTS = dict(
-    digits=Experiment(digits, partial(convnet, 16, 8), partial(mlp, 64), n_labels=10, n_seeds=20, bs=50, passes=12, teacher_epochs=18,
+    digits=Experiment(digits, partial(convnet, 16, 8), partial(mlp, 64), n_labels=10, n_seeds=20, bs=50, passes=12, teacher_epochs=12,
         student_epochs=20, teacher_lr=1e-2, lr=2e-2, T=4., weight=.9, augment=dict(degrees=12., scale=.1, shift=1.), student_augmented=True),
     fashion_mnist=Experiment(fashion_mnist, partial(convnet, 64, 28), partial(convnet, 9, 28), n_labels=300, n_seeds=3, bs=128, passes=1,
         teacher_epochs=40, student_epochs=40, teacher_lr=5e-3, lr=5e-3, T=2., weight=.9, augment=dict(shift=2., flip=True), student_augmented=False))
@@ -256,7 +256,7 @@ def main(
     EXPERIMENTS[args.data].data(args.root) # an error about the data comes before any training
     seeds = range(args.seeds or EXPERIMENTS[args.data].n_seeds)
     runs = all_seeds(args.data, args.root, seeds, workers=args.workers)
-    print(summary(runs).to_string(index=False))
+    print('\n' + summary(runs).to_string(index=False))
     print(verdict(runs))
     plot_curves(runs).figure.savefig(args.out, dpi=120)
     print(f'Training curves: {args.out}')
