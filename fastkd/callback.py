@@ -8,12 +8,13 @@ __all__ = ['KnowledgeDistillationCallback']
 # %% ../nbs/30_callback.ipynb #eb2916b0
 import copy, math, sys, warnings
 from contextlib import nullcontext
-from functools import partial
+from functools import partial, reduce
 from numbers import Number
+from operator import and_
 from types import SimpleNamespace
 
 import torch
-from fastai.basics import AvgMetric, Callback, Learner, Recorder, ValueMetric, apply, mk_metric
+from fastai.basics import AvgMetric, Callback, DataLoader, Learner, Recorder, ValueMetric, apply, mk_metric
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.torch_core import no_random
@@ -85,7 +86,7 @@ def _check_parts(self:KnowledgeDistillationCallback):
         if (part.wants.get('fm_s') or part.wants.get('fm_t')) and not part.students:
             raise ValueError(f"{part} compares activations, and no layers are named: pass activations_student=['…'] and "
                 f"activations_teacher=['…']; `match_feature_layers(student, teacher, x)` suggests pairs")
-        if part.wants.get('index'): raise ValueError(f'{part} needs the positions of samples in the dataset, which these loaders do not supply')
+        if part.wants.get('index') and not _numbered(self.learn.dls.train): raise ValueError(f'{part} needs the positions of samples in the dataset, which these loaders do not supply')
 
 # %% ../nbs/30_callback.ipynb #ef41f985
 @patch
@@ -136,11 +137,23 @@ def _target(self:KnowledgeDistillationCallback):
 @patch
 def _mask(self:KnowledgeDistillationCallback):
     "Positions that count: not ignored by the task loss, and not padding; None for all"
-    func, y = self._task_loss_func(), self.learn.yb[0]
+    func, target = self._task_loss_func(), self._target()
     ignored = getattr(func, 'ignore_index', getattr(getattr(func, 'func', None), 'ignore_index', None))
-    masks = [y != ignored] if ignored is not None and isinstance(y, Tensor) and not y.is_floating_point() else []
+    labels = target[:2] if isinstance(target, Mixed) else [target]
+    masks = [y != ignored for y in labels if ignored is not None and isinstance(y, Tensor) and not y.is_floating_point()]
     if self.mask is not None: masks.append(self.mask(*self.learn.xb).bool())
-    return masks[0] & masks[-1] if masks else None
+    return reduce(and_, masks) if masks else None
+
+# %% ../nbs/30_callback.ipynb #bc579592
+def _numbered(dl): return isinstance(dl, DataLoader) and dl.indexed
+
+@patch
+def _index(self:KnowledgeDistillationCallback):
+    "Positions of the batch's samples in the dataset, in the order in which fastai's loader drew them; None with other loaders"
+    dl, n = self.learn.dl, len(self.learn.xb[0])
+    if not _numbered(dl): return None
+    start = self.learn.iter*dl.bs
+    return torch.as_tensor(list(dl._DataLoader__idxs[start:start + n]), device=self.learn.xb[0].device)
 
 # %% ../nbs/30_callback.ipynb #ea107a4a
 def _inside_fit(learn):
@@ -249,9 +262,9 @@ def _look(self:KnowledgeDistillationCallback):
     reset_state(model)
     fit.teacher.reset()
     self._check_finite(teacher_pred, fm_t)
-    target = apply(lambda y: y[:1] if isinstance(y, Tensor) else y, detuplify(tuple(learn.yb)))
     square = all(x.shape[2] == x.shape[3] for x in one if isinstance(x, Tensor) and x.ndim == 4)
-    self.loss.build(Probe(self.logits(output), teacher_pred, fm_s, fm_t, target, fit.axis, square, fit.teacher.teacher_module))
+    n_samples = len(learn.dls.train_ds) if _numbered(learn.dls.train) else None
+    self.loss.build(Probe(self.logits(output), teacher_pred, fm_s, fm_t, self._target(), fit.axis, square, fit.teacher.teacher_module, n_samples))
     self._start_learning()
     if hasattr(learn, 'recorder'): learn.recorder.distillation = {}
     fit.ready = True
@@ -368,8 +381,8 @@ def _given(self:KnowledgeDistillationCallback):
     fit, learn = self._fit, self.learn
     teacher_pred, fm_t = fit.teacher.outputs(learn.xb, fit.teachers, pred=fit.wants_pred)
     fm_s, fit.activations = fit.activations, {}
-    mask = self._mask() if 'mask' in fit.wants else None
-    return dict(pred=self.logits(learn.pred), teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=self._target(), mask=mask, axis=fit.axis)
+    mask, index = self._mask() if 'mask' in fit.wants else None, self._index() if 'index' in fit.wants else None
+    return dict(pred=self.logits(learn.pred), teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=self._target(), mask=mask, index=index, axis=fit.axis)
 
 # %% ../nbs/30_callback.ipynb #27ac8767
 @patch

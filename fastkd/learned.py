@@ -69,4 +69,4 @@ def broadcast(
 ):
     "Give every process the learned parts of the first"
     if _distributed():
-        for tensor in loss.state_dict().values(): dist.broadcast(tensor, 0)
+        for tensor in (*loss.parameters(), *loss.buffers()): dist.broadcast(tensor.detach(), 0)

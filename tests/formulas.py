@@ -68,9 +68,14 @@ def meet(f_s, f_t):
 
 def unit(f, axis=1): return f/np.sqrt((f**2).sum(axis, keepdims=True))
 
+def adapt(f_s, weight, bias):
+    "A 1×1 convolution, or a linear layer"
+    weight = weight.reshape(weight.shape[:2])
+    return np.einsum('bc...,dc->bd...', f_s, weight) + bias.reshape(-1, *[1]*(f_s.ndim - 2))
+
 def fitnet(f_s, f_t, weight=None, bias=None, normalize=False):
     f_s, f_t = meet(f_s, f_t)
-    if weight is not None: f_s = np.einsum('bc...,dc->bd...', f_s, weight) + bias.reshape(-1, *[1]*(f_s.ndim - 2))
+    if weight is not None: f_s = adapt(f_s, weight, bias)
     if normalize: f_s, f_t = unit(f_s), unit(f_t)
     return ((f_s - f_t)**2).mean()
 

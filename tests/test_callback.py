@@ -1,6 +1,6 @@
 "What the callback computes, against hand-written training and hand computations."
 import math, pytest, torch, torch.nn.functional as F, warnings
-from fastai.basics import CrossEntropyLossFlat, Learner, SGD, params
+from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, SGD, params
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import SchedLin
 from fastai.metrics import accuracy, top_k_accuracy
@@ -204,7 +204,19 @@ def test_functions_ask_by_name():
     note = At('before_batch', lambda learn: batches.append(learn.y) if learn.training else None, 99, 0)
     fitted(student(), [note, KD(trained_teacher(), loss, BLOCKS, BLOCKS)], n_epoch=1)
     assert torch.equal(seen['target'], batches[-1])
-    assert (seen['fm_s'], seen['all']) == (BLOCKS, ['axis', 'fm_s', 'fm_t', 'mask', 'target', 'teacher_pred'])
+    assert (seen['fm_s'], seen['all']) == (BLOCKS, ['axis', 'fm_s', 'fm_t', 'index', 'mask', 'target', 'teacher_pred'])
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_positions_in_the_dataset(num_workers):
+    "Shuffled anew in each epoch, and by worker processes too"
+    learn, seen = student(), []
+    learn.dls = DataLoaders.from_dsets(digits()[:90], digits()[:25], bs=25, num_workers=num_workers, device='cpu')
+    def ask_index(pred, index):
+        seen.append((index, learn.xb[0]))
+        return pred.mean()
+    fitted(learn, KD(trained_teacher(), ask_index), n_epoch=2)
+    assert len(seen) == 6 and not torch.equal(seen[0][0], seen[3][0])
+    for index, x in seen: assert torch.equal(torch.stack([digits()[i][0] for i in index]), x)
 
 def test_loss_that_asks_for_nothing_of_the_teacher_leaves_it_alone():
     calls, teacher = [], trained_teacher()

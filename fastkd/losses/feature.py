@@ -9,10 +9,10 @@ __all__ = ['FitNet', 'attention_map', 'Attention']
 import torch.nn.functional as F
 from fastcore.basics import store_attr
 from torch import nn
-from .core import FeatureLoss, make_adapter, unit
+from .core import AdaptedLoss, FeatureLoss, unit
 
 # %% ../../nbs/12_losses.feature.ipynb #c01a88e3
-class FitNet(FeatureLoss):
+class FitNet(AdaptedLoss):
     "Mean squared difference of activations, through a learned adapter where channels differ (Romero et al. 2015, eq. 3)"
     usual_weight = 100
     def __init__(self,
@@ -25,14 +25,10 @@ class FitNet(FeatureLoss):
         store_attr()
 
     def make_learned(self, probe):
-        if self.adapter is None: return None
-        make = make_adapter if self.adapter == 'auto' else self.adapter
-        return nn.ModuleList(make(s, t) for s, t in self.pairs(probe.fm_s, probe.fm_t))
+        if self.adapter == 'auto': return super().make_learned(probe)
+        return self.adapter and nn.ModuleList(self.adapter(s, t) for s, t in self.pairs(probe.fm_s, probe.fm_t))
 
-    def pair(self, student, teacher, adapter=None):
-        if adapter is not None: student = adapter(student)
-        if student.shape != teacher.shape:
-            raise ValueError(f'{student.shape[1]} channels of the student, {teacher.shape[1]} of the teacher, and no adapter between them')
+    def compare(self, student, teacher):
         if self.normalize: student, teacher = unit(student), unit(teacher)
         return F.mse_loss(student, teacher)
 
