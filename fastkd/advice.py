@@ -27,8 +27,8 @@ def teacher_at_chance(
     if not right.numel(): return None
     accuracy, n, chance = right.float().mean().item(), right.numel(), 1/teacher_pred.shape[axis]
     if accuracy > chance + min(2*(chance*(1 - chance)/n)**.5, (1 - chance)/4): return None
-    return (f'the teacher is right on {accuracy:.0%} of the first batch, and guessing would give {chance:.0%}: is it trained, and on these classes '
-        'in this order? Pass the trained learner, whose classes are compared: KnowledgeDistillationCallback(teacher_learner, …)')
+    return (f'the teacher is right on {accuracy:.0%} of the first batch, and guessing would give {chance:.0%}: is it trained, and on these '
+        'classes in this order? Pass the trained learner, whose classes are compared: KnowledgeDistillationCallback(teacher_learner, …)')
 
 # %% ../nbs/28_advice.ipynb #eb62c379
 def _gradient_size(value, params, scale):
@@ -56,5 +56,6 @@ def _advice(loss, part, share):
     usual = getattr(part.loss, 'usual_weight', None) or 0
     said = f"{part}: its gradient on the student is {share:.2g} of the task loss's, so it does nothing. "
     if share == 0: return said + 'It does not depend on the parameters that are trained'
-    factor, why = (usual, 'Its usual factor is') if usual > part.factor else (float(f'{part.factor*.1/share:.0e}'), 'For a tenth of it, the factor is')
+    for_a_tenth = float(f'{part.factor*.1/share:.0e}')
+    factor, why = (usual, 'Its usual factor is') if usual > part.factor else (for_a_tenth, 'For a tenth of it, the factor is')
     return said + f'{why} {factor:g}: loss={Sum([replace(o, factor=factor) if o is part else o for o in loss.parts])}'

@@ -86,7 +86,8 @@ def _check_parts(self:KnowledgeDistillationCallback):
         if (part.wants.get('fm_s') or part.wants.get('fm_t')) and not part.students:
             raise ValueError(f"{part} compares activations, and no layers are named: pass activations_student=['…'] and "
                 f"activations_teacher=['…']; `match_feature_layers(student, teacher, x)` suggests pairs")
-        if part.wants.get('index') and not _numbered(self.learn.dls.train): raise ValueError(f'{part} needs the positions of samples in the dataset, which these loaders do not supply')
+        if part.wants.get('index') and not _numbered(self.learn.dls.train):
+            raise ValueError(f'{part} needs the positions of samples in the dataset, which these loaders do not supply')
 
 # %% ../nbs/30_callback.ipynb #ef41f985
 @patch
@@ -96,7 +97,8 @@ def _as_teacher(self:KnowledgeDistillationCallback):
     if isinstance(teacher, Learner): teacher = from_learner(teacher, self.learn, *settings, axis=self._axis())
     elif isinstance(teacher, nn.Module): teacher = Frozen(teacher, *settings)
     elif not isinstance(teacher, Teacher): raise TypeError(f'a teacher is a module, a Learner or a Teacher, not a {type(teacher).__name__}')
-    elif settings != (logits, None, None): raise ValueError(f'{teacher} has settings of its own: give it logits, teacher_input and teacher_dtype')
+    elif settings != (logits, None, None):
+        raise ValueError(f'{teacher} has settings of its own: give it logits, teacher_input and teacher_dtype')
     return teacher.to(next(self.learn.model.parameters()).device)
 
 @patch
@@ -264,7 +266,8 @@ def _look(self:KnowledgeDistillationCallback):
     self._check_finite(teacher_pred, fm_t)
     square = all(x.shape[2] == x.shape[3] for x in one if isinstance(x, Tensor) and x.ndim == 4)
     n_samples = len(learn.dls.train_ds) if _numbered(learn.dls.train) else None
-    self.loss.build(Probe(self.logits(output), teacher_pred, fm_s, fm_t, self._target(), fit.axis, square, fit.teacher.teacher_module, n_samples))
+    self.loss.build(Probe(self.logits(output), teacher_pred, fm_s, fm_t, self._target(), fit.axis, square,
+        fit.teacher.teacher_module, n_samples))
     self._start_learning()
     if hasattr(learn, 'recorder'): learn.recorder.distillation = {}
     fit.ready = True
@@ -280,7 +283,8 @@ def _check_finite(self:KnowledgeDistillationCallback, teacher_pred, fm_t):
     "The teacher's answer is made of finite numbers"
     answer = {f"layer '{name}'": value for name, value in fm_t.items()} | ({} if teacher_pred is None else dict(prediction=teacher_pred))
     for what, value in answer.items():
-        if not value.isfinite().all(): raise ValueError(f"the teacher's {what} is not finite on the first training sample: {self._fit.teacher}")
+        if value.isfinite().all(): continue
+        raise ValueError(f"the teacher's {what} is not finite on the first training sample: {self._fit.teacher}")
 
 # %% ../nbs/30_callback.ipynb #9882e972
 @patch
@@ -309,8 +313,8 @@ def after_step(self:KnowledgeDistillationCallback):
 def before_train(self:KnowledgeDistillationCallback):
     "Start the means of the epoch, and the teacher's sequence"
     if self.teacher is None:
-        raise RuntimeError('the teacher did not come along when this learner was exported or copied. Set it (and teacher_input and mask), `learn.knowledge_distillation.teacher = '
-            'teacher`, or train without it: `learn.remove_cb(KnowledgeDistillationCallback)`')
+        raise RuntimeError('the teacher did not come along when this learner was exported or copied. Set it (and teacher_input and mask), '
+            '`learn.knowledge_distillation.teacher = teacher`, or train without it: `learn.remove_cb(KnowledgeDistillationCallback)`')
     if self._fit is None: self.before_fit() # the callback was taken off and put back in the middle of a fit
     self._fit.sums, self._fit.n_batches, self._fit.blamed = {}, 0, None
     self._fit.teacher.reset()
@@ -382,7 +386,8 @@ def _given(self:KnowledgeDistillationCallback):
     teacher_pred, fm_t = fit.teacher.outputs(learn.xb, fit.teachers, pred=fit.wants_pred)
     fm_s, fit.activations = fit.activations, {}
     mask, index = self._mask() if 'mask' in fit.wants else None, self._index() if 'index' in fit.wants else None
-    return dict(pred=self.logits(learn.pred), teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=self._target(), mask=mask, index=index, axis=fit.axis)
+    return dict(pred=self.logits(learn.pred), teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=self._target(), mask=mask,
+        index=index, axis=fit.axis)
 
 # %% ../nbs/30_callback.ipynb #27ac8767
 @patch
@@ -430,8 +435,10 @@ def _watch(self:KnowledgeDistillationCallback, distillation, given):
     if fit.advised and blamed.device.type != 'cpu': fit.blamed = blamed if fit.blamed is None else fit.blamed | blamed
     elif blamed:
         answer = [value for value in (given['teacher_pred'], *given['fm_t'].values()) if value is not None]
-        cause = f"the teacher's answer is not: {fit.teacher}" if not all(o.isfinite().all() for o in answer) else f"so is the teacher's answer: {self.loss}"
-        fit.problem = RuntimeError(f"the distillation loss is not finite at training batch {fit.n_batches}; the student's prediction is, and {cause}")
+        by_loss = all(o.isfinite().all() for o in answer)
+        cause = f"so is the teacher's answer: {self.loss}" if by_loss else f"the teacher's answer is not: {fit.teacher}"
+        fit.problem = RuntimeError(f"the distillation loss is not finite at training batch {fit.n_batches}; the student's prediction is, "
+            f"and {cause}")
 
 @patch
 def after_train(self:KnowledgeDistillationCallback):
@@ -440,7 +447,8 @@ def after_train(self:KnowledgeDistillationCallback):
         pending = [value for value in values if isinstance(value, Tensor)] # this epoch's, at the end
         if pending: values[-len(pending):] = torch.stack(pending).tolist()
     if self._fit is not None and self._fit.blamed is not None and self._fit.blamed:
-        raise RuntimeError(f"the distillation loss was not finite in this epoch though the student's predictions were: {self._fit.teacher}, {self.loss}")
+        raise RuntimeError("the distillation loss was not finite in this epoch though the student's predictions were: "
+            f"{self._fit.teacher}, {self.loss}")
 
 @patch
 def before_backward(self:KnowledgeDistillationCallback):

@@ -42,8 +42,8 @@ def fashion_mnist(
     from torchvision.datasets import FashionMNIST
     try: train, test = (FashionMNIST(root, train=train, download=False) for train in (True, False))
     except RuntimeError as e:
-        raise FileNotFoundError(f"no Fashion-MNIST in {Path(root)/'FashionMNIST'/'raw'}: put its four idx files there, or let torchvision download "
-            f"them with `torchvision.datasets.FashionMNIST('{root}', download=True)`") from e
+        raise FileNotFoundError(f"no Fashion-MNIST in {Path(root)/'FashionMNIST'/'raw'}: put its four idx files there, or let torchvision "
+            f"download them with `torchvision.datasets.FashionMNIST('{root}', download=True)`") from e
     images, labels = ([getattr(part, name) for part in (train, test)] for name in ('data', 'targets'))
     images = [(o[:, None].float()/255 - .286)/.353 for o in images]
     return dict(pool=(images[0][:50_000], labels[0][:50_000]), valid=(images[0][50_000:], labels[0][50_000:]), test=(images[1], labels[1]))
@@ -105,7 +105,6 @@ class Experiment:
     n_labels: int # Labels per class
     n_seeds: int # How often all is repeated
     bs: int # Batch size
-    passes: int # How often an epoch goes through the labels
     teacher_epochs: int # Epochs of the teacher
     student_epochs: int # Epochs of each student
     teacher_lr: float # Highest learning rate of the teacher's one-cycle schedule
@@ -113,13 +112,14 @@ class Experiment:
     T: float # Temperature
     weight: float # Weight of the distillation loss
     augment: dict # `wobble`'s settings
-    student_augmented: bool # Whether students see augmented images, too
+    passes: int = 1 # How often an epoch goes through the labels
+    student_augmented: bool = True # Whether students see augmented images, too
 
 EXPERIMENTS = dict(
-    digits=Experiment(digits, partial(convnet, 16, 8), partial(mlp, 64), n_labels=10, n_seeds=20, bs=50, passes=12, teacher_epochs=12,
-        student_epochs=20, teacher_lr=1e-2, lr=2e-2, T=4., weight=.9, augment=dict(degrees=12., scale=.1, shift=1.), student_augmented=True),
-    fashion_mnist=Experiment(fashion_mnist, partial(convnet, 64, 28), partial(convnet, 9, 28), n_labels=300, n_seeds=3, bs=128, passes=1,
-        teacher_epochs=40, student_epochs=40, teacher_lr=5e-3, lr=5e-3, T=2., weight=.9, augment=dict(shift=2., flip=True), student_augmented=False))
+    digits=Experiment(digits, partial(convnet, 16, 8), partial(mlp, 64), n_labels=10, n_seeds=20, bs=50, teacher_epochs=12,
+        student_epochs=20, teacher_lr=1e-2, lr=2e-2, T=4., weight=.9, augment=dict(degrees=12., scale=.1, shift=1.), passes=12),
+    fashion_mnist=Experiment(fashion_mnist, partial(convnet, 64, 28), partial(convnet, 9, 28), n_labels=300, n_seeds=3, T=2., lr=5e-3,
+        bs=128, teacher_epochs=40, student_epochs=40, teacher_lr=5e-3, weight=.9, augment=dict(shift=2, flip=True), student_augmented=False))
 
 # %% ../nbs/45_demo.ipynb #38a318a4
 class TensorLoader(DataLoader):

@@ -27,7 +27,7 @@ class LearnedParts:
     ):
         self.of, self.params, self.skip = learn.opt, [p for p in loss.parameters() if p.requires_grad], False
         func = learn.opt_func
-        if isinstance(func, OptimWrapper): func = partial(OptimWrapper, opt=torch.optim.AdamW) # this instance holds the student's parameters
+        if isinstance(func, OptimWrapper): func = partial(OptimWrapper, opt=torch.optim.AdamW) # this one holds the student's parameters
         self.opt = func(L(self.params), lr=learn.opt.hypers[-1]['lr'])
         if not learn.wd_bn_bias:
             for p in norm_bias_params(loss): self.opt.state[p]['do_wd'] = False
@@ -43,7 +43,8 @@ class LearnedParts:
     def step(self, learn):
         "Follow the student's optimizer through one step"
         for name, value in learn.opt.hypers[-1].items():
-            if isinstance(value, Number) and not isinstance(value, bool) and name in self.opt.hypers[0]: self.opt.set_hyper(name, float(value))
+            is_number = isinstance(value, Number) and not isinstance(value, bool)
+            if is_number and name in self.opt.hypers[0]: self.opt.set_hyper(name, float(value))
         if not self.skip and any(p.grad is not None for p in self.params): self.update(learn)
         self.skip = False
         self.opt.zero_grad()

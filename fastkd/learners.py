@@ -48,8 +48,8 @@ def word_ids(
     if words_s is None or words_t is None or words_s == words_t: return None
     number = {word: i for i, word in enumerate(words_t)}
     if missing := [word for word in words_s if word not in number]:
-        raise ValueError(f"the teacher's vocabulary lacks {len(missing)} of the student's words, such as {missing[:5]}: build the student's data with "
-            'the vocabulary of the teacher, or pass `teacher_input`')
+        raise ValueError(f"the teacher's vocabulary lacks {len(missing)} of the student's words, such as {missing[:5]}: build the "
+            "student's data with the vocabulary of the teacher, or pass `teacher_input`")
     return torch.tensor([number[word] for word in words_s])
 
 def _words(learn):

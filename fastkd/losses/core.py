@@ -199,7 +199,7 @@ def class_index(target, shape, axis):
     return target.argmax(axis) if target.shape == shape else target
 
 class LabelledResponseLoss(ResponseLoss):
-    "Base of response losses that use labels: implement `rows(student, teacher, target) -> (N,)`, with class indices `target` of shape `(N,)`"
+    "Base of response losses that use labels: implement `rows(student, teacher, target) -> (N,)`, with class indices `(N,)` as target"
     def forward(self,
         pred:Tensor, # Student's logits `(bs, n_classes, ...)`
         teacher_pred:Tensor, # Teacher's logits, of the same shape
@@ -225,7 +225,8 @@ class LabelledResponseLoss(ResponseLoss):
         if y.shape[1:] == pred.shape[1:] and pred.ndim > 1: # a column for each class
             if ((y == 0) | (y == 1)).all() and (y.sum(axis) == 1).all(): return
             raise ValueError(f'{self} needs one class per label, and these are soft or multi-label targets of shape {tuple(y.shape)}')
-        if y.is_floating_point(): raise ValueError(f'{self} needs classes as integers or one-hot, and the labels are {y.dtype} of shape {tuple(y.shape)}')
+        if y.is_floating_point():
+            raise ValueError(f'{self} needs classes as integers or one-hot, and the labels are {y.dtype} of shape {tuple(y.shape)}')
         n_s, n_y = pred[:1].numel()//pred.shape[axis], y[:1].numel()
         if n_s != n_y: raise ValueError(f'{self}: {n_y} label(s) for each sample, and {n_s} position(s) predicted')
 
@@ -314,7 +315,8 @@ def same_positions(
     square:bool=True, # Whether images are square; else a map is never taken for a channels-last one
 ) -> tuple: # Both as `(bs, channels, *positions)` with the same positions
     "Bring two activations to the same positions: the larger map is average-pooled to the smaller"
-    square = square and all(o.ndim != 4 or o.shape[2] in (o.shape[1], o.shape[3]) for o in (student, teacher)) # else (bs, 8, 8, 6) has 8 channels
+    # two sides that are not square make (bs, 8, 8, 6) a map of 8 channels
+    square = square and all(o.ndim != 4 or o.shape[2] in (o.shape[1], o.shape[3]) for o in (student, teacher))
     student, teacher = channels_first(student, square), channels_first(teacher, square)
     if student.shape[2:] == teacher.shape[2:]: return student, teacher
     if student.ndim != teacher.ndim or student.ndim == 3:
@@ -347,7 +349,7 @@ def make_adapter(
 
 # %% ../../nbs/10_losses.core.ipynb #46987ebd
 class AdaptedLoss(FeatureLoss):
-    "Base of losses on activations of one shape: implement `compare(student, teacher) -> scalar`; an adapter is learned where channels differ"
+    "Base of losses on activations of one shape: implement `compare(student, teacher)`; an adapter is learned where channels differ"
     def make_learned(self, probe): return nn.ModuleList(make_adapter(s, t) for s, t in self.pairs(probe.fm_s, probe.fm_t))
 
     def pair(self, student, teacher, adapter=None):
@@ -390,7 +392,8 @@ class Part:
     def check_layers(self, students, teachers):
         try: getattr(self.loss, 'matched', PairLoss().matched)(len(students), len(teachers))
         except ValueError as e:
-            raise ValueError(f'{self}: {len(students)} student layers {students} and {len(teachers)} teacher layers {teachers} do not pair') from e
+            sides = f'{len(students)} student layers {students} and {len(teachers)} teacher layers {teachers}'
+            raise ValueError(f'{self}: {sides} do not pair') from e
 
     def check_factor(self, value):
         if not isinstance(value, Number): raise TypeError(f'a loss is multiplied by a number, as in 1000*Attention(), not by {value!r}')
