@@ -113,13 +113,13 @@ class Experiment:
     weight: float # Weight of the distillation loss
     augment: dict # `wobble`'s settings
     passes: int = 1 # How often an epoch goes through the labels
-    student_augmented: bool = True # Whether students see augmented images, too
+    augment_student: bool = True # Whether students see augmented images, too
 
 EXPERIMENTS = dict(
     digits=Experiment(digits, partial(convnet, 16, 8), partial(mlp, 64), n_labels=10, n_seeds=20, bs=50, teacher_epochs=12,
         student_epochs=20, teacher_lr=1e-2, lr=2e-2, T=4., weight=.9, augment=dict(degrees=12., scale=.1, shift=1.), passes=12),
     fashion_mnist=Experiment(fashion_mnist, partial(convnet, 64, 28), partial(convnet, 9, 28), n_labels=300, n_seeds=3, T=2., lr=5e-3,
-        bs=128, teacher_epochs=40, student_epochs=40, teacher_lr=5e-3, weight=.9, augment=dict(shift=2, flip=True), student_augmented=False))
+        bs=128, teacher_epochs=40, student_epochs=40, teacher_lr=5e-3, weight=.9, augment=dict(shift=2, flip=True), augment_student=False))
 
 # %% ../nbs/45_demo.ipynb #38a318a4
 class TensorLoader(DataLoader):
@@ -170,7 +170,7 @@ def one_seed(
     data = experiment.data(root)
     run = partial(train, data=(draw(data['pool'], experiment.n_labels, seed), data[part]), experiment=experiment, seed=seed)
     teacher = run(experiment.teacher, epochs=experiment.teacher_epochs, lr=experiment.teacher_lr, augmented=True)
-    student = partial(run, experiment.student, epochs=experiment.student_epochs, lr=experiment.lr, augmented=experiment.student_augmented)
+    student = partial(run, experiment.student, epochs=experiment.student_epochs, lr=experiment.lr, augmented=experiment.augment_student)
     runs = dict(teacher=teacher, plain=student(), distilled=student(teacher=teacher['model']))
     for o in runs.values(): o['n_params'] = sum(p.numel() for p in o.pop('model').parameters())
     return runs
