@@ -22,8 +22,9 @@ def teacher_at_chance(
     "What to say of a teacher that is right hardly more often than a guess"
     y = target.y if isinstance(target, Mixed) else target
     if teacher_pred is None or not isinstance(y, Tensor) or y.is_floating_point() or y.ndim != teacher_pred.ndim - 1: return None
-    right = teacher_pred.argmax(axis) == y
-    if mask is not None and mask.shape == y.shape: right = right[mask]
+    known = (0 <= y) & (y < teacher_pred.shape[axis])
+    if mask is not None and mask.shape == y.shape: known = known & mask
+    right = (teacher_pred.argmax(axis) == y)[known]
     if not right.numel(): return None
     accuracy, n, chance = right.float().mean().item(), right.numel(), 1/teacher_pred.shape[axis]
     if accuracy > chance + min(2*(chance*(1 - chance)/n)**.5, (1 - chance)/4): return None

@@ -43,7 +43,7 @@ class KnowledgeDistillationCallback(Callback):
         logits=logits, # Finds the prediction in what a model returns
         teacher_input=None, # `teacher_input(*xb)` is the teacher's input, a tensor or tuple; by default the student's
         teacher_dtype:torch.dtype=None, # Autocast for the teacher alone, such as `torch.bfloat16`
-        mask=None, # `mask(*xb)` is True at positions that count, `(bs, ...)`: to leave out padding
+        mask=None, # `mask(*xb)` is True at positions that count, `(bs, ...)`; by default those that the task loss does not ignore
         span:int=None, # Epochs over which schedules run, across several fits (`fine_tune` makes two); by default each fit on its own
         teacher_metrics=False, # Show the teacher on the training batches: True for the learner's metrics, or a list of metric functions
     ):
@@ -138,12 +138,12 @@ def _target(self:KnowledgeDistillationCallback):
 
 @patch
 def _mask(self:KnowledgeDistillationCallback):
-    "Positions that count: not ignored by the task loss, and not padding; None for all"
+    "Positions that count: what the user says, else those that the task loss does not ignore; None for all"
+    if self.mask is not None: return self.mask(*self.learn.xb).bool()
     func, target = self._task_loss_func(), self._target()
     ignored = getattr(func, 'ignore_index', getattr(getattr(func, 'func', None), 'ignore_index', None))
     labels = target[:2] if isinstance(target, Mixed) else [target]
     masks = [y != ignored for y in labels if ignored is not None and isinstance(y, Tensor) and not y.is_floating_point()]
-    if self.mask is not None: masks.append(self.mask(*self.learn.xb).bool())
     return reduce(and_, masks) if masks else None
 
 # %% ../nbs/30_callback.ipynb #bc579592

@@ -3,6 +3,7 @@ import pytest, random, torch, torch.nn.functional as F
 from collections import OrderedDict
 from contextlib import contextmanager
 from fastai.basics import Callback, Categorize, CrossEntropyLossFlat, DataLoaders, Datasets, Learner, Normalize, set_seed
+from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.metrics import accuracy
 from fastai.torch_core import TensorImage
 from functools import cache
@@ -157,3 +158,14 @@ def attention(student, teacher):
     "Zagoruyko and Komodakis 2017, as in their code, for maps of one size"
     maps = [F.normalize(o.pow(2).mean(1).flatten(1)) for o in (student, teacher)]
     return (maps[0] - maps[1]).pow(2).mean()
+
+class OnCPU(MixedPrecision):
+    "fastai's mixed precision, which knows only CUDA, on a CPU"
+    def __init__(self, amp_mode=AMPMode.FP16, **scaler):
+        super().__init__(amp_mode)
+        self.scaler_args = scaler
+
+    def before_fit(self):
+        half = self.amp_mode == AMPMode.FP16
+        self.autocast = torch.autocast('cpu', dtype=torch.float16 if half else torch.bfloat16)
+        self.learn.scaler, self.scales = torch.amp.GradScaler('cpu', enabled=half, **self.scaler_args), []

@@ -1,14 +1,15 @@
 "Together with fastai's own callbacks, and with callbacks that do what people's callbacks do."
 import copy, pytest, torch, torch.nn.functional as F
 from fastai.basics import CrossEntropyLossFlat, Learner, OptimWrapper, SGD, params
-from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.callback.fp16 import AMPMode
 from fastai.callback.rnn import ModelResetter, RNNCallback, RNNRegularizer
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.text.models.awdlstm import AWD_LSTM
 from fastkd.all import *
 from functools import partial
-from helpers import At, convnet, fitted, furthest, learner, loaders, n_hooks, quiet, same, seeded, soft_target, trained_teacher, weights
+from helpers import (At, OnCPU, convnet, fitted, furthest, learner, loaders, n_hooks, quiet, same, seeded, soft_target, trained_teacher,
+    weights)
 from torch import nn
 
 def KD(*args, **kwargs): return KnowledgeDistillationCallback(*args, **kwargs)
@@ -44,17 +45,6 @@ def test_clip():
     learn.fit(1, 1., cbs=[cb, GradientClip(.01), At('before_step', note, 99, 0), At('after_step', note, 99, 0)])
     for before, after in zip(steps[::2], steps[1::2]):
         assert sum((after[name] - before[name]).pow(2).sum() for name in after)**.5 == pytest.approx(.01, rel=1e-3)
-
-class OnCPU(MixedPrecision):
-    "fastai's mixed precision, which knows only CUDA, on a CPU"
-    def __init__(self, amp_mode=AMPMode.FP16, **scaler):
-        super().__init__(amp_mode)
-        self.scaler_args = scaler
-
-    def before_fit(self):
-        half = self.amp_mode == AMPMode.FP16
-        self.autocast = torch.autocast('cpu', dtype=torch.float16 if half else torch.bfloat16)
-        self.learn.scaler, self.scales = torch.amp.GradScaler('cpu', enabled=half, **self.scaler_args), []
 
 @pytest.mark.parametrize('loss,match', [(lambda pred, teacher_pred: (pred - teacher_pred)**2, 'returns a scalar'),
     (lambda pred, teacher_pred: pred @ teacher_pred, 'cannot be multiplied')], ids=['no scalar', 'bad shapes'])
