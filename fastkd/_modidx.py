@@ -109,6 +109,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fastkd.callback._numbered': ('callback.html#_numbered', 'fastkd/callback.py'),
                                  'fastkd.callback._set_learn': ('callback.html#_set_learn', 'fastkd/callback.py')},
             'fastkd.demo': { 'fastkd.demo.Experiment': ('demo.html#experiment', 'fastkd/demo.py'),
+                             'fastkd.demo.SkipValidation': ('demo.html#skipvalidation', 'fastkd/demo.py'),
+                             'fastkd.demo.SkipValidation.before_validate': ('demo.html#skipvalidation.before_validate', 'fastkd/demo.py'),
                              'fastkd.demo.TensorLoader': ('demo.html#tensorloader', 'fastkd/demo.py'),
                              'fastkd.demo.TensorLoader.create_batches': ('demo.html#tensorloader.create_batches', 'fastkd/demo.py'),
                              'fastkd.demo.all_seeds': ('demo.html#all_seeds', 'fastkd/demo.py'),
