@@ -390,7 +390,8 @@ class Part:
     def check_layers(self, students, teachers):
         try: getattr(self.loss, 'matched', PairLoss().matched)(len(students), len(teachers))
         except ValueError as e:
-            raise ValueError(f'{self}: {len(students)} student layers {students} and {len(teachers)} teacher layers {teachers} do not pair') from e
+            layers = f'{len(students)} student layers {students} and {len(teachers)} teacher layers {teachers}'
+            raise ValueError(f'{self}: {layers} do not pair: {e}') from e
 
     def check_factor(self, value):
         if not isinstance(value, Number): raise TypeError(f'a loss is multiplied by a number, as in 1000*Attention(), not by {value!r}')
