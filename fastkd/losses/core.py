@@ -413,7 +413,7 @@ class Part:
         try: getattr(self.loss, 'matched', PairLoss().matched)(len(students), len(teachers))
         except ValueError as e:
             sides = f'{len(students)} student layers {students} and {len(teachers)} teacher layers {teachers}'
-            raise ValueError(f'{self}: {sides} do not pair') from e
+            raise ValueError(f'{self}: {sides} do not pair: {e}') from e
 
     def check_factor(self, value):
         if not isinstance(value, Number): raise TypeError(f'a loss is multiplied by a number, as in 1000*Attention(), not by {value!r}')
