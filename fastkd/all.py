@@ -1,9 +1,11 @@
 "Everything that a notebook user needs: `from fastkd.all import *`"
 from fastkd.callback import *
 from fastkd.losses.core import *
+from fastkd.losses.dense import *
 from fastkd.losses.feature import *
 from fastkd.losses.relation import *
 from fastkd.losses.response import *
+from fastkd.losses.sequence import *
 from fastkd.modules import *
 from fastkd.schedules import *
 from fastkd.teachers import *

@@ -173,11 +173,10 @@ def fit_mask(
     shape:tuple, # `(bs, ...)` of the positions that are compared
 ) -> Tensor: # A mask of this shape, or None
     "A mask of samples counts all of their positions; of a mask of positions, a sample needs one that counts"
-    if mask is None or mask.shape == shape: return mask
-    fitted = mask.flatten(len(shape)).any(-1) if mask.ndim > len(shape) else mask.reshape(*mask.shape, *[1]*(len(shape) - mask.ndim))
-    try: return fitted.expand(shape)
-    except RuntimeError as e:
-        raise ValueError(f'a mask of shape {tuple(mask.shape)} does not tell which of {tuple(shape)} positions count') from e
+    if mask is None: return None
+    fitted = mask.bool().flatten(len(shape)).any(-1) if mask.ndim > len(shape) else mask.bool()
+    if fitted.shape == shape[:fitted.ndim]: return fitted.reshape(*fitted.shape, *[1]*(len(shape) - fitted.ndim)).expand(shape)
+    raise ValueError(f'a mask of shape {tuple(mask.shape)} does not tell which of {tuple(shape)} positions count')
 
 # %% ../../nbs/10_losses.core.ipynb #9fc6673e
 class ResponseLoss(Loss):

@@ -93,12 +93,13 @@ def last_bn(
     raise ValueError(f"there is no BatchNorm in '{name}' of the teacher: name the one before the ReLU, layers_bn=['…'], one for each pair")
 
 class MarginReLU(AdaptedLoss):
-    "Squared difference where the teacher is on or the student too high; negative targets are cut at a margin (Heo et al. 2019, ICCV)"
+    "Squared difference where the teacher is on or the student too high; targets are cut at a margin (Heo et al. 2019, ICCV)"
     def __init__(self,
         layers_bn=None, # The teacher's BatchNorm for each pair, a name or a list; None takes the last one in each of the teacher's layers
     ):
         super().__init__()
-        if not all(isinstance(name, str) for name in listify(layers_bn)): raise ValueError(f'layers_bn: {layers_bn!r} are no names of layers')
+        if not all(isinstance(name, str) for name in listify(layers_bn)):
+            raise ValueError(f'layers_bn: {layers_bn!r} are no names of layers')
         store_attr()
 
     def make_learned(self, probe):
