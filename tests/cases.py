@@ -65,10 +65,11 @@ def apply(func, value):
     return func(value) if isinstance(value, torch.Tensor) else value
 
 def same_state(loss):
-    "A function that calls `loss` as if for the first time: banks and random masks are as they are now"
-    state = copy.deepcopy(loss.state_dict())
+    "A function that calls `loss` as if for the first time: banks and random masks are as they are now; a call leaves parameters alone"
+    params = dict(loss.named_parameters())
+    state = copy.deepcopy({name: value for name, value in loss.state_dict().items() if name not in params})
     def call(**given):
-        loss.load_state_dict(copy.deepcopy(state))
+        loss.load_state_dict(copy.deepcopy(state), strict=False)
         return loss(**given)
     return call
 

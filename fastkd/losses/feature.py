@@ -90,7 +90,7 @@ def last_bn(
     "The BatchNorm in a layer that its output comes from"
     found = [module for module in layer.modules() if hasattr(module, 'running_mean')]
     if found: return found[-1]
-    raise ValueError(f"there is no BatchNorm in '{name}' of the teacher: name the one before the ReLU, layers_bn=['…'], one for each pair")
+    raise ValueError(f"there is no BatchNorm in '{name}' of the teacher: name the one before the ReLU in layers_bn=['…'], for each pair")
 
 class MarginReLU(AdaptedLoss):
     "Squared difference where the teacher is on or the student too high; targets are cut at a margin (Heo et al. 2019, ICCV)"
