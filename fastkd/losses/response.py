@@ -100,7 +100,7 @@ class NormalizedKD(LabelledResponseLoss):
         others_s, others_t = (split_by_target(o/self.T, target)[1] for o in (student, teacher))
         return -log_t.exp()*log_s - self.gamma*self.T**2 * (others_t.exp()*others_s).sum(1)
 
-# %% ../../nbs/11_losses.response.ipynb #38cb2a42
+# %% ../../nbs/11_losses.response.ipynb #e2dbb3f9
 def centred_unit(
     log_values, # Logarithms of the values `(N, n_classes)`
     dim, # 1 for each row, 0 for each column
@@ -116,7 +116,12 @@ def centred_unit(
     is_constant = length <= 64*info.eps*size
     return centred/length.masked_fill(is_constant, math.inf), is_constant.squeeze(dim)
 
-def decorrelation(log_s, log_t, dim, mask=None):
+def decorrelation(
+    log_s, # Logarithms of the student's probabilities `(N, n_classes)`
+    log_t, # Logarithms of the teacher's
+    dim, # 1 for each row, 0 for each column
+    mask=None, # `(N, 1)` bool, rows that count
+): # `(N,)` or `(n_classes,)`, between 0 and 2
     "One minus the correlation of `exp(log_s)` and `exp(log_t)` along `dim`: half the squared distance of their directions"
     (unit_s, is_constant_s), (unit_t, is_constant_t) = (centred_unit(o, dim, mask) for o in (log_s, log_t))
     return ((unit_s - unit_t)**2).sum(dim)/2 + (is_constant_s ^ is_constant_t)/2
