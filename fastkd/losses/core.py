@@ -51,6 +51,7 @@ def loss_name(loss) -> str:
 class Loss(nn.Module):
     "Base of all losses: checked settings, full precision, learned parts"
     usual_weight = None # Factor in front of this loss in its paper
+    starts_silent = False # Whether the first batch has nothing to be compared with, so that a silent start is no mistake
     positive, at_least = (), {} # Settings that must be > 0, and settings with a least value
 
     def __new__(cls, *args, **kwargs):

@@ -233,6 +233,9 @@ class CRD(FeatureLoss):
         store_attr()
 
     @property
+    def starts_silent(self): return self.form == 'queue' # which is empty
+
+    @property
     def remembers(self): return self.training and torch.is_grad_enabled()
 
     def bring(self, student, teacher): return pooled(student, teacher, self.square)
