@@ -39,7 +39,8 @@ def attention_map(
     p:float=2, # Power; a larger one looks at the strongest positions only
 ): # `(bs, n_positions)`, each row of length 1; a map of zeros stays zero
     "Where an activation is large"
-    return unit(activation.abs().pow(p).mean(1).flatten(1))
+    power = activation.square() if p == 2 else activation.abs().pow(p)
+    return unit(power.mean(1).flatten(1))
 
 class Attention(FeatureLoss):
     "Squared difference of attention maps (Zagoruyko and Komodakis 2017, eq. 2, as in the authors' code)"
@@ -68,8 +69,8 @@ class ActivationBoundaries(AdaptedLoss):
         store_attr()
 
     def compare(self, student, teacher):
-        on_teachers_side = torch.where(teacher > 0, student, -student)
-        return F.relu(self.margin - on_teachers_side).square().mean()
+        with torch.no_grad(): goal = torch.where(teacher > 0, student.clamp(min=self.margin), student.clamp(max=-self.margin))
+        return F.mse_loss(student, goal) # no gradient where a unit is its own goal
 
 # %% ../../nbs/12_losses.feature.ipynb #f67f5d2d
 def negative_means(
@@ -119,8 +120,8 @@ class MarginReLU(AdaptedLoss):
         return super().pair(student, torch.maximum(teacher, margins), adapter)
 
     def compare(self, student, teacher):
-        counts = (student > teacher) | (teacher > 0)
-        return torch.where(counts, student - teacher, 0.).square().mean()
+        with torch.no_grad(): goal = torch.where((student > teacher) | (teacher > 0), teacher, student)
+        return F.mse_loss(student, goal)
 
 # %% ../../nbs/12_losses.feature.ipynb #118cc3b3
 def flow_matrix(

@@ -125,8 +125,8 @@ class AttentionMaps(MappedLoss):
         if n_s != n_t: raise ValueError(f'{n_s} keys of the student, {n_t} of the teacher')
         average = student.shape[1] != teacher.shape[1]
         log_s, log_t = self.log_maps(student, average), self.log_maps(teacher, average)
-        p_t = log_t.exp()
-        return (p_t*torch.where(p_t > 0, log_t - log_s, 0.)).sum(-1).mean(1)
+        if self.input == 'scores': return torch.where(log_t > -math.inf, log_t.exp()*(log_t - log_s), 0.).sum(-1).mean(1)
+        return ((teacher.mean(1, keepdim=True) if average else teacher)*(log_t - log_s)).sum(-1).mean(1)
 
 # %% ../../nbs/14_losses.sequence.ipynb #467c0714
 class CosineHidden(TokenLoss):
