@@ -4,6 +4,7 @@ from fastkd.losses.core import *
 from fastkd.losses.feature import *
 from fastkd.losses.relation import *
 from fastkd.losses.response import *
+from fastkd.losses.translators import *
 from fastkd.modules import *
 from fastkd.schedules import *
 from fastkd.teachers import *

@@ -24,6 +24,8 @@ class Case:
     probe: dict = field(default_factory=dict) # Further fields of the probe
     at_equal: float = 0. # The value for equal inputs; None where it has no fixed value
     learns: bool = False # Whether it needs `build`
+    opposed: tuple = () # What climbs the value instead of descending: 'student', and parts of names of learned parameters
+    factor: float = 1. # Multiplies the value where its gradient must fit float16: for sums over all elements, their usual weight
     name: str = ''
 
     def __post_init__(self): self.name = self.name or repr(self.loss)
@@ -66,9 +68,10 @@ def apply(func, value):
 
 def same_state(loss):
     "A function that calls `loss` as if for the first time: banks and random masks are as they are now"
-    state = copy.deepcopy(loss.state_dict())
+    params = dict(loss.named_parameters()) # no call changes these
+    state = {name: value for name, value in copy.deepcopy(loss.state_dict()).items() if name not in params}
     def call(**given):
-        loss.load_state_dict(copy.deepcopy(state))
+        loss.load_state_dict(copy.deepcopy(state), strict=False, assign=True)
         return loss(**given)
     return call
 
@@ -89,13 +92,13 @@ def value_and_grads(call, given):
 def numeric_grads(case, loss, given):
     "The formula's gradients for the student's tensors and for each learned parameter, by central differences"
     numbers = case.numbers(loss, given)
-    def at(place, key):
-        kept = place[key]
+    def at(place, key, name='student'):
+        kept, sign = place[key], -1 if any(o in name for o in case.opposed) else 1
         def formula(o):
             place[key] = o
-            try: return case.formula(numbers)
+            try: return sign*case.formula(numbers)
             finally: place[key] = kept
         return numeric_grad(formula, kept)
     of_students = [at(vars(numbers), 'pred')] if case.is_response else [at(numbers.fm_s, j) for j in range(len(numbers.fm_s))]
-    learned = {name: at(numbers.learned, name) for name, p in loss.named_parameters() if p.requires_grad}
+    learned = {name: at(numbers.learned, name, name) for name, p in loss.named_parameters() if p.requires_grad}
     return of_students, learned
