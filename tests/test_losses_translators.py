@@ -172,7 +172,9 @@ def test_masked_generative_errors():
 
 # ---- ReviewKD
 
-@pytest.mark.parametrize('size,weights', [((8, 8), (1, .5, .25, .125)), ((4, 6), (1, .5, .25)), ((2, 9), (1, .5)), ((9, 2), (1, .5)), ((1, 7), (1,))])
+SIZES = {(8, 8): (1, .5, .25, .125), (4, 6): (1, .5, .25), (2, 9): (1, .5), (9, 2): (1, .5), (1, 7): (1,)}
+
+@pytest.mark.parametrize('size,weights', SIZES.items())
 def test_weights_of_the_context_loss(size, weights):
     "A difference whose mean is 0 and that vanishes in every pool leaves the first weight's share; a shift is seen by all"
     maps = torch.zeros(2, 3, *size)
