@@ -6,6 +6,8 @@ from fastkd.losses.feature import *
 from fastkd.losses.relation import *
 from fastkd.losses.response import *
 from fastkd.losses.sequence import *
+from fastkd.losses.translators import *
+from fastkd.losses.zoo import *
 from fastkd.modules import *
 from fastkd.schedules import *
 from fastkd.teachers import *

@@ -25,6 +25,7 @@ class Case:
     at_equal: float = 0. # The value for equal inputs; None where it has no fixed value
     learns: bool = False # Whether it needs `build`
     holds_fixed: bool = False # Whether the gradient leaves something out on purpose: the formula takes it from `given.fixed`
+    opposed: tuple = () # What climbs the value instead of descending: 'student', and parts of names of learned parameters
     name: str = ''
 
     def __post_init__(self): self.name = self.name or repr(self.loss)
@@ -69,9 +70,9 @@ def apply(func, value):
 def same_state(loss):
     "A function that calls `loss` as if for the first time: banks and random masks are as they are now; a call leaves parameters alone"
     params = dict(loss.named_parameters())
-    state = copy.deepcopy({name: value for name, value in loss.state_dict().items() if name not in params})
+    state = {name: value for name, value in copy.deepcopy(loss.state_dict()).items() if name not in params}
     def call(**given):
-        loss.load_state_dict(copy.deepcopy(state), strict=False)
+        loss.load_state_dict(copy.deepcopy(state), strict=False, assign=True)
         return loss(**given)
     return call
 
@@ -92,13 +93,13 @@ def value_and_grads(call, given):
 def numeric_grads(case, loss, given):
     "The formula's gradients for the student's tensors and for each learned parameter, by central differences"
     numbers = case.numbers(loss, given)
-    def at(place, key):
-        kept = place[key]
+    def at(place, key, name='student'):
+        kept, sign = place[key], -1 if any(o in name for o in case.opposed) else 1
         def formula(o):
             place[key] = o
-            try: return case.formula(numbers)
+            try: return sign*case.formula(numbers)
             finally: place[key] = kept
         return numeric_grad(formula, kept)
     of_students = [at(vars(numbers), 'pred')] if case.is_response else [at(numbers.fm_s, j) for j in range(len(numbers.fm_s))]
-    learned = {name: at(numbers.learned, name) for name, p in loss.named_parameters() if p.requires_grad}
+    learned = {name: at(numbers.learned, name, name) for name, p in loss.named_parameters() if p.requires_grad}
     return of_students, learned

@@ -240,7 +240,8 @@ class LabelledResponseLoss(ResponseLoss):
 
     def check_labels(self, y, pred, axis):
         "Each position has one class"
-        if pred.ndim < 2 or pred.shape[axis] < 2: raise ValueError(f'{self} needs two classes or more, and predictions are {tuple(pred.shape)}')
+        if pred.ndim < 2 or pred.shape[axis] < 2:
+            raise ValueError(f'{self} needs two classes or more, and predictions are {tuple(pred.shape)}')
         if not isinstance(y, Tensor): raise ValueError(f'{self} needs labels, a tensor, and the loaders give {type(y).__name__}')
         y = y.as_subclass(Tensor)
         if y.shape[1:] == pred.shape[1:] and pred.ndim > 1: # a column for each class

@@ -116,7 +116,9 @@ def centred_unit(
     if mask is not None: log_values = log_values.masked_fill(~mask, -math.inf)
     values = (log_values - log_values.detach().amax(dim, keepdim=True).clamp(min=info.min)).exp() # no column underflows
     if mask is None: centred = values - values.mean(dim, keepdim=True)
-    else: centred = (values - values.sum(dim, keepdim=True)/mask.expand_as(values).sum(dim, keepdim=True).clamp(min=1)).masked_fill(~mask, 0.)
+    else:
+        mean = values.sum(dim, keepdim=True)/mask.expand_as(values).sum(dim, keepdim=True).clamp(min=1)
+        centred = (values - mean).masked_fill(~mask, 0.)
     length, size = (torch.linalg.vector_norm(o, dim=dim, keepdim=True) for o in (centred, values.detach()))
     is_constant = length <= 64*info.eps*size
     return centred/length.masked_fill(is_constant, math.inf), is_constant.squeeze(dim)

@@ -10,20 +10,26 @@ import inspect, re
 
 import pandas as pd
 from . import dense, feature, relation, response, sequence, translators
-from .core import INPUTS, Loss
+from .core import Loss
 
 # %% ../../nbs/19_losses.zoo.ipynb #30913600
 ROOMS = dict(response=[response], feature=[feature, translators], relation=[relation], sequence=[sequence], dense=[dense])
-NEEDS = dict(pred='predictions', fm_s='layers', target='labels')
+NEEDS = dict(fm_s='layers', pred='predictions', teacher_pred='predictions', target='labels')
+
+def _classes(module):
+    "The losses of a room, without bases, whose names end in `Loss`"
+    classes = [o for o in vars(module).values() if inspect.isclass(o) and issubclass(o, Loss) and o.__module__ == module.__name__]
+    return [cls for cls in classes if not cls.__name__.startswith('_') and not cls.__name__.endswith('Loss')]
 
 def _needs(cls):
     "What a loss of this class cannot do without, in words"
     params = inspect.signature(cls.forward).parameters
-    return ', '.join(word for name, word in NEEDS.items() if name in params and params[name].default is inspect.Parameter.empty)
+    needed = [word for name, word in NEEDS.items() if name in params and params[name].default is inspect.Parameter.empty]
+    return ', '.join(dict.fromkeys(needed))
 
 def _facts(cls, kind):
     "What a class says about itself"
-    source = re.search(r'\(([^()]*?\d{4})[^()]*\)$', cls.__doc__)
+    source = re.search(r'\(([^()]*?\d{4})[^()]*\)', cls.__doc__)
     learns = 'yes' if cls.make_learned is not Loss.make_learned else ''
     paper, weight = source[1] if source else '', cls.usual_weight
     return {'loss': cls.__name__, 'kind': kind, 'paper': paper, 'needs': _needs(cls), 'usual weight': weight, 'learns': learns}
@@ -37,6 +43,5 @@ def available_losses(
     rows = []
     for room, modules in ROOMS.items():
         if kind not in (None, room): continue
-        own = lambda module: [o for o in vars(module).values() if inspect.isclass(o) and o.__module__ == module.__name__ and issubclass(o, Loss)]
-        rows += [_facts(cls, room) for module in modules for cls in own(module)]
+        rows += [_facts(cls, room) for module in modules for cls in _classes(module)]
     return pd.DataFrame(rows).set_index('loss')
