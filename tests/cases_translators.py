@@ -72,7 +72,7 @@ def masked_generative(g, ratio=.65, mask='spatial'):
     n_b, n_c, *size = f_s.shape
     seed, n_draws = g.learned['learned.0.draws._extra_state'].tolist()
     drawn = (n_b, 1, *size) if mask == 'spatial' else (n_b, n_c, 1, 1)
-    kept = torch.rand(drawn, generator=torch.Generator().manual_seed(seed + n_draws)).numpy() >= ratio
+    kept = torch.rand(drawn, generator=torch.Generator().manual_seed(seed + n_draws + 1)).numpy() >= ratio
     return ((chain(f_s*kept, g.learned, 'learned.0.generator') - f_t)**2).sum()/n_b
 
 def context(f_s, f_t):

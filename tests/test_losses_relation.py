@@ -62,9 +62,9 @@ def test_equilateral_against_line():
 
 def test_distances_of_samples_that_are_close():
     near = 100 + torch.tensor([[0., 0.], [.0625, 0.]])
-    assert pairwise_distances(near)[0, 1] == .0625
+    assert pairwise_distances(near).tolist() == [.0625]
     many = torch.cat([near, 100 + draw((40, 2), dtype=torch.float32)])
-    assert pairwise_distances(many)[0, 1] == .0625 # torch.cdist would take inner products for more than 25 rows
+    assert pairwise_distances(many)[0] == .0625 # torch.cdist would take inner products for more than 25 rows
 
 def test_rkd_is_zero_where_nothing_can_be_compared():
     twin = draw((1, 4)).expand(3, 4).clone().requires_grad_()

@@ -70,11 +70,11 @@ class Boxes(nn.Module):
     "A detector of two anchors: classes and boxes"
     def __init__(self, width):
         super().__init__()
-        self.body, self.classes, self.boxes = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU()), nn.Linear(width, 20), nn.Linear(width, 8)
+        self.body, self.heads = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU()), nn.ModuleList([nn.Linear(width, 20), nn.Linear(width, 8)])
 
     def forward(self, x):
         x = self.body(x)
-        return dict(logits=self.classes(x).view(-1, 10, 2), boxes=self.boxes(x).view(-1, 2, 4))
+        return dict(logits=self.heads[0](x).view(-1, 10, 2), boxes=self.heads[1](x).view(-1, 2, 4))
 
 def boxes_of(name, **kwargs):
     dls = loaders([(x, torch.stack([y, (y + 1) % 10])) for x, y in digits()[:60]], bs=20)
@@ -91,6 +91,7 @@ def make(name): return getattr(fastkd.all, name)(**SPECIAL.get(name, {}))
 def task(name, **kwargs):
     "A learner, a teacher and the callback's settings for the loss called `name`"
     made = words_of(name, **kwargs) if KINDS[name] == 'sequence' else boxes_of(name, **kwargs) if name == 'BoxRegression' else pixels_of(KINDS[name], **kwargs)
+    if name == 'FSP': made.teacher = seeded(convnet, 4, seed=1) # flows of equal channels
     if name in LAYERS: made.layers_s = made.layers_t = LAYERS[name]
     made.settings = dict(loss=make(name), activations_student=made.layers_s, activations_teacher=made.layers_t, mask=getattr(made, 'mask', None))
     return made
