@@ -3,7 +3,7 @@
 `python -m benchmarks.losses [--repeats 20] [--out benchmarks] [names…]` writes losses.md and losses.json. Both take turns in one process
 with one thread, forward and backward; times are medians of CPU time, memory is the peak of what is allocated meanwhile, the gradients too.
 Both must give the same value and the same gradient, so that the same thing is measured."""
-import copy, importlib, inspect, json, math, os, pkgutil, platform, statistics, sys, time
+import copy, ctypes, importlib, inspect, json, math, os, pkgutil, platform, statistics, sys, time
 import fastkd.losses, torch, torch.nn.functional as F
 from argparse import ArgumentParser
 from functools import partial
@@ -98,7 +98,7 @@ def boundaries(s, t, m=1):
     return ((s + m)**2*off + (s - m)**2*on).mean()
 
 def margin_relu(s, t, part):
-    t = torch.max(t, part.margins)
+    t = torch.max(t, part.margins.view(-1, 1, 1))
     return (F.mse_loss(s, t, reduction='none')*((s > t) | (t > 0)).float()).mean()
 
 def fsp(fm_s, fm_t):
@@ -149,9 +149,9 @@ def review(fm_s, fm_t, learned):
         loss,deeper = loss + hierarchical_context(part.outward(own), t), own
     return loss
 
-def srrl(s, t, teacher_pred, learned):
-    seen = learned['connector'](s).mean((2, 3))
-    return F.mse_loss(seen, t.mean((2, 3))) + F.mse_loss(learned['head'](seen), teacher_pred)
+def srrl(s, t, teacher_pred, part):
+    seen = part['connector'](s).mean((2, 3))
+    return F.mse_loss(seen, t.mean((2, 3))) + F.mse_loss(part['head'](seen), teacher_pred)
 
 class Reversal(torch.autograd.Function):
     "The identity, with the opposite gradient"
@@ -260,6 +260,13 @@ CASES = dict(SoftTarget=(logits, soft_target), Logits=(logits, mse_of_logits), M
 SETTINGS = dict(FactorTransfer=dict(rate=None), SRRL=dict(head='head'))
 TEACHER = dict(t=nn.BatchNorm2d(64), head=nn.Linear(32, 10)) # the layers of the teacher that a loss reads
 
+def keep_memory():
+    "Free memory stays with the process: handing pages back and forth would cost more than small losses, as luck has it (glibc)"
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
+    if mallopt is None: return
+    mallopt(-1, 2**30) # M_TRIM_THRESHOLD
+    mallopt(-4, 0) # M_MMAP_MAX
+
 def zoo():
     "Everything in the modules of losses by name"
     found = [importlib.import_module(o.name) for o in pkgutil.iter_modules(fastkd.losses.__path__, 'fastkd.losses.')]
@@ -350,6 +357,7 @@ if __name__ == '__main__':
     args = parser.parse_args()
     torch.set_num_threads(1)
     os.environ['KINETO_LOG_LEVEL'] = '99' # the profiler has much to say
+    keep_memory()
     check_peak_bytes()
     classes,found,lines = zoo(), {}, [*HEAD]
     print(*lines, sep='\n')
