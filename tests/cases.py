@@ -18,7 +18,7 @@ def as_shapes(shape): return shape if isinstance(shape, list) else [shape]
 class Case:
     "A loss, its formula in numpy, and shapes of the student's and the teacher's inputs"
     loss: Loss # With its settings, not built
-    formula: Callable # `formula(given)`: `given.pred`, `.teacher_pred`, `.fm_s`, `.fm_t` (lists), `.target`, …, `.learned` by name, `.fixed`
+    formula: Callable # `formula(given)`: `given.pred`, …, `.fm_s`, `.fm_t` (lists), `.target`, `.learned` by name, `.fixed`
     shapes: list # `(shape_s, shape_t)`; a list of shapes where the loss takes several activations; the first one is small
     extra: Callable = lambda given: {} # Further inputs, made from those by shape
     probe: dict = field(default_factory=dict) # Further fields of the probe
@@ -57,14 +57,15 @@ class Case:
     def numbers(self, loss, given):
         "All inputs and all that was learned as numpy arrays, for the formula"
         as_numpy = lambda o: o.detach().double().numpy() if o.is_floating_point() else o.numpy()
-        plain = {key: [as_numpy(o) for o in value.values()] if isinstance(value, dict) else apply(as_numpy, value) for key, value in given.items()}
+        plain = {key: apply(as_numpy, value) for key, value in given.items()}
+        plain |= {key: list(plain[key].values()) for key in ('fm_s', 'fm_t') if key in plain}
         learned = {name: as_numpy(o) for name, o in loss.state_dict().items() if isinstance(o, torch.Tensor)}
         return SimpleNamespace(**plain, learned=learned, fixed=SimpleNamespace(**plain)) # `fixed` stays when an input is varied
 
 def apply(func, value):
     "`func` of all tensors in a dict, a tuple or alone"
     if isinstance(value, dict): return {key: apply(func, o) for key, o in value.items()}
-    if isinstance(value, tuple): return type(value)(*(apply(func, o) for o in value)) if hasattr(value, '_fields') else tuple(apply(func, o) for o in value)
+    if hasattr(value, '_fields'): return type(value)(*(apply(func, o) for o in value))
     return func(value) if isinstance(value, torch.Tensor) else value
 
 def same_state(loss):

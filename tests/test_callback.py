@@ -8,8 +8,8 @@ from fastai.torch_core import TensorImage, TensorMask
 from fastai.callback.training import GradientAccumulation
 from fastkd.all import *
 from functools import partial
-from helpers import (At, ByHand, attention, convnet, digits, fitted, furthest, learner, loaders, quiet, same, seeded, soft_target, trained_teacher,
-    weights)
+from helpers import (At, ByHand, attention, convnet, digits, fitted, furthest, learner, loaders, quiet, same, seeded, soft_target,
+    trained_teacher, weights)
 from types import SimpleNamespace
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -35,7 +35,8 @@ def test_hundred_steps_of_soft_target(p):
 def test_hundred_steps_of_a_sum():
     "Attention on two pairs, one of them with layers whose values the next layer overwrites"
     def by_hand(pred, teacher_pred, fm_s, fm_t):
-        return soft_target(pred, teacher_pred) + 1000*(attention(fm_s['block1.1'], fm_t['block1.1']) + attention(fm_s['block2'], fm_t['block2']))
+        of_maps = sum(attention(fm_s[name], fm_t[name]) for name in ('block1.1', 'block2'))
+        return soft_target(pred, teacher_pred) + 1000*of_maps
     layers, found, expected, teacher = ['block1.1', 'block2'], steady_student(), steady_student(), trained_teacher()
     fitted(found, KD(teacher, SoftTarget() + 1000*Attention(), layers, layers), n_epoch=25)
     fitted(expected, ByHand(teacher, by_hand, layers_s=layers, layers_t=layers), n_epoch=25)
@@ -44,7 +45,8 @@ def test_hundred_steps_of_a_sum():
 def test_task_weight():
     "A weight of its own for the task: `task + 3·distillation`"
     found = fitted(steady_student(), KD(trained_teacher(), Logits, weight=3., task_weight=1.))
-    expected = fitted(steady_student(), ByHand(trained_teacher(), lambda pred, teacher_pred, *fms: F.mse_loss(pred, teacher_pred), 3., task_weight=1.))
+    mse = lambda pred, teacher_pred, *fms: F.mse_loss(pred, teacher_pred)
+    expected = fitted(steady_student(), ByHand(trained_teacher(), mse, 3., task_weight=1.))
     assert furthest(weights(found.model), weights(expected.model)) < 1e-6
 
 @pytest.mark.parametrize('weight,task_weight', [(1., None), (1., 0.)])
@@ -147,7 +149,8 @@ def test_columns():
             seen.append([grad, self.soft + 1000*self.att, self.soft, self.att, accuracy(self.teacher_pred, y), agree])
             self.learn.loss, self.learn.loss_grad = loss, grad
         def compare(self, pred, teacher_pred, fm_s, fm_t):
-            self.teacher_pred, self.soft, self.att = teacher_pred, soft_target(pred, teacher_pred), attention(fm_s['block2'], fm_t['block2'])
+            self.teacher_pred, self.soft = teacher_pred, soft_target(pred, teacher_pred)
+            self.att = attention(fm_s['block2'], fm_t['block2'])
             return self.soft
     watch = Watch(trained_teacher(), None, layers_s=['block2'], layers_t=['block2'])
     watch.loss = watch.compare
@@ -170,7 +173,8 @@ def test_train_loss_is_the_blend():
 def test_columns_of_two_of_a_kind():
     loss = SoftTarget() + Attention().on('block1', 'block1') + Attention(p=4).on('block2', 'block2')
     learn = fitted(student(), KD(trained_teacher(), loss), n_epoch=1)
-    assert list(learn.recorder.metric_names[4:-1]) == ['task_loss', 'distillation_loss', 'soft_target_loss', 'attention_loss', 'attention_loss_2']
+    names = ['task_loss', 'distillation_loss', 'soft_target_loss', 'attention_loss', 'attention_loss_2']
+    assert list(learn.recorder.metric_names[4:-1]) == names
 
 @pytest.mark.parametrize('metric', [partial(top_k_accuracy, k=2), top_k_accuracy], ids=['partial', 'function'])
 def test_teacher_metrics(metric):
@@ -291,7 +295,8 @@ def test_batches_without_labels():
     learn = student()
     before = weights(learn.model)
     learn.fit(1, cbs=[KD(trained_teacher(), SoftTarget), At('before_batch', lambda learn: setattr(learn, 'yb', ()), nth=0)])
-    assert all(torch.equal(before[name], value) for name, value in weights(learn.model).items() if 'running' not in name and 'num' not in name)
+    learned = {name: value for name, value in weights(learn.model).items() if 'running' not in name and 'num' not in name}
+    assert all(torch.equal(before[name], value) for name, value in learned.items())
 
 def masked_kl(pred, teacher_pred, keep, T):
     "Mean over the kept rows, written with loops"
@@ -318,7 +323,8 @@ def test_sequences_count_where_labels_do():
     "`axis=-1`: ignored labels count neither in the task nor in the distillation, unless `mask=` says what counts"
     for mask in None, lambda tokens: tokens != 0:
         teacher = seeded(tagger, 8, seed=2)
-        value, seen = distillation_losses(sequences(), seeded(tagger, 4), CrossEntropyLossFlat(axis=-1), teacher=teacher, loss=SoftTarget(T=2), mask=mask)
+        settings = dict(teacher=teacher, loss=SoftTarget(T=2), mask=mask)
+        value, seen = distillation_losses(sequences(), seeded(tagger, 4), CrossEntropyLossFlat(axis=-1), **settings)
         keep = (seen.yb[0] != -100) if mask is None else seen.xb[0] != 0
         expected = masked_kl(seen.pred.flatten(0, 1), teacher(*seen.xb).detach().flatten(0, 1), keep.flatten(), 2.)
         assert value == pytest.approx(float(expected), rel=1e-5)
@@ -339,7 +345,8 @@ def test_segmentation_counts_where_labels_do(image, mask):
 def test_ignored_batch(ignore, n):
     "Where no position counts, distillation is 0 and weights stay finite"
     dls = loaders([(x, torch.full((6,), ignore)) for x in torch.randint(1, 20, (8, 6))], bs=8)
-    learn = quiet(Learner(dls, seeded(tagger, 4), lambda pred, y: F.cross_entropy(pred.flatten(0, 1), y.flatten(), ignore_index=ignore, reduction='sum')))
+    func = lambda pred, y: F.cross_entropy(pred.flatten(0, 1), y.flatten(), ignore_index=ignore, reduction='sum')
+    learn = quiet(Learner(dls, seeded(tagger, 4), func))
     learn.loss_func.ignore_index = ignore
     learn.loss_func.axis = -1
     learn.fit(1, cbs=KD(seeded(tagger, 8), SoftTarget))
@@ -414,7 +421,8 @@ def test_ignored_labels_are_no_chance():
     x = torch.randint(1, 20, (32, 6))
     y = torch.where(torch.rand(32, 6) < .1, x%2, -100)
     teacher = nn.Embedding.from_pretrained(F.one_hot(torch.arange(20)%2).float()*9, freeze=False)
-    learn = quiet(Learner(loaders(list(zip(x, y)), bs=32), nn.Sequential(nn.Embedding(20, 4), nn.Linear(4, 2)), CrossEntropyLossFlat(axis=-1)))
+    model = nn.Sequential(nn.Embedding(20, 4), nn.Linear(4, 2))
+    learn = quiet(Learner(loaders(list(zip(x, y)), bs=32), model, CrossEntropyLossFlat(axis=-1)))
     assert messages(learn, KD(teacher, SoftTarget)) == []
 
 def test_attention_at_half_on_resnets():

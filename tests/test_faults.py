@@ -124,7 +124,8 @@ def test_raised_in_a_forward_pass(who, nth, in_learner, exc):
     case.check()
 
 @pytest.mark.parametrize('order,in_learner', [(4, False), (6, True)])
-@pytest.mark.parametrize('exc,name', [(exc, name) for exc, names in SCOPES.items() for name in names], ids=lambda o: getattr(o, '__name__', o))
+@pytest.mark.parametrize('exc,name', [(exc, name) for exc, names in SCOPES.items() for name in names],
+    ids=lambda o: getattr(o, '__name__', o))
 def test_cancelled(exc, name, order, in_learner):
     if (exc, name) == (CancelEpochException, 'before_epoch'): order = 99 # fastai's Recorder needs this event
     case = Case(in_learner)

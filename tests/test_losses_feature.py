@@ -53,7 +53,8 @@ def test_margin_without_parameters():
 def test_last_batch_norm():
     block = teacher_module('t0')
     assert last_bn(block, 'block') is block[2] and last_bn(block[2], 'bn') is block[2]
-    for bn in (nn.SyncBatchNorm(3), nn.BatchNorm1d(3), nn.BatchNorm3d(3), FrozenBatchNorm2d(3)): assert last_bn(nn.Sequential(bn, nn.ReLU()), 'x') is bn
+    for bn in (nn.SyncBatchNorm(3), nn.BatchNorm1d(3), nn.BatchNorm3d(3), FrozenBatchNorm2d(3)):
+        assert last_bn(nn.Sequential(bn, nn.ReLU()), 'x') is bn
 
 def test_margins_are_a_copy():
     "The teacher's BatchNorm is read once: it is not held, not changed, and no part of the state"
@@ -86,7 +87,8 @@ def test_errors_of_margin_relu():
     says("no BatchNorm in 't0' of the teacher.*layers_bn", MarginReLU(), teacher_module=lambda name: nn.Conv2d(3, 3, 1))
     says('no BatchNorm in', MarginReLU('norm'), teacher_module=lambda name: nn.GroupNorm(1, 3))
     says(r'layers_bn names 2 layer\(s\) for 1 pair', MarginReLU(['t0', 't0']), teacher_module=teacher_module)
-    says("teacher layer 't0'.*BatchNorm has 2 channels and the activation 3: .*layers_bn", MarginReLU('pair'), teacher_module=teacher_module)
+    says("teacher layer 't0'.*BatchNorm has 2 channels and the activation 3: .*layers_bn", MarginReLU('pair'),
+        teacher_module=teacher_module)
     says('no teacher_module', MarginReLU())
     with pytest.raises(ValueError, match='by `build`'): MarginReLU()(f_s, f_t)
     for wrong in (3, [nn.ReLU()]):

@@ -2,8 +2,8 @@
 import copy, pytest, torch, torch.nn.functional as F, warnings
 from fastai.basics import CrossEntropyLossFlat, Learner
 from fastkd.all import *
-from helpers import (At, convnet, digits, error_of, fitted, furthest, learner, loaders, named_learner, quiet, recorded, same, seeded, soft_target,
-    trained_teacher, weights)
+from helpers import (At, convnet, digits, error_of, fitted, furthest, learner, loaders, named_learner, quiet, recorded, same, seeded,
+    soft_target,     trained_teacher, weights)
 from torch import nn
 
 def KD(*args, **kwargs): return KnowledgeDistillationCallback(*args, **kwargs)
@@ -63,7 +63,8 @@ def test_unequal_lists(make):
     with pytest.raises(ValueError, match=r"2 student layers \['block1', 'block2'\] and [01] teacher layers"): make()
 
 @pytest.mark.parametrize('layers,said', [(('blok2', 'block2'), "the student has no layer 'blok2'; nearest: block2"),
-    (('block2', 'blok2'), "the teacher has no layer 'blok2'; nearest: block2"), (('block2.7', 'block2'), "the student has no layer 'block2.7'"),
+    (('block2', 'blok2'), "the teacher has no layer 'blok2'; nearest: block2"),
+    (('block2.7', 'block2'), "the student has no layer 'block2.7'"),
     ((['block1', 'heda'], ['block1', 'head']), "the student has no layer 'heda'; nearest: head")], ids=str)
 def test_wrong_name(layers, said): assert said in error_of(ValueError, learner(), KD(trained_teacher(), Attention, *layers))
 
@@ -75,12 +76,13 @@ def test_layer_that_does_not_run(side):
 
 def test_no_layers():
     said = error_of(ValueError, learner(), KD(trained_teacher(), SoftTarget() + FitNet()))
-    assert "FitNet(adapter='auto') compares activations, and no layers are named: pass activations_student=" in said or 'FitNet() compares' in said
+    assert 'FitNet() compares activations, and no layers are named: pass activations_student=' in said
     assert 'match_feature_layers' in said
 
 def test_shapes_that_cannot_be_compared():
     said = error_of(ValueError, learner(), KD(trained_teacher(), FitNet(adapter=None), 'block1', 'block2'))
-    assert "student layer 'block1' (1, 4, 8, 8) with teacher layer 'block2' (1, 32, 4, 4)" in said and '4 channels of the student, 32' in said
+    assert "student layer 'block1' (1, 4, 8, 8) with teacher layer 'block2' (1, 32, 4, 4)" in said
+    assert '4 channels of the student, 32' in said
     said = error_of(ValueError, learner(), KD(trained_teacher(), Attention, ['block1', 'head.1'], ['block1', 'head.1']))
     assert "student layer 'head.1' (1, 8) with teacher layer 'head.1' (1, 32)" in said and 'these are vectors' in said
 
@@ -126,7 +128,8 @@ def test_tensor_in_a_constructor_during_a_fit():
 
 def test_settings():
     "Weights and schedules that cannot work, with where they fail"
-    for exc, said, kwargs in [(ValueError, 'task_weight', dict(weight=1.5)), (ValueError, 'weight is a finite number', dict(weight=float('nan'))),
+    for exc, said, kwargs in [(ValueError, 'task_weight', dict(weight=1.5)),
+        (ValueError, 'weight is a finite number', dict(weight=float('nan'))),
         (ValueError, "nothing is called 'temperature'", dict(schedule=dict(temperature=lambda pct: 2.))),
         (ValueError, 'T must be positive', dict(schedule=dict(T=lambda pct: 1 - pct))),
         (ValueError, 'at 50.1% of training', dict(schedule=lambda pct: 1. if pct <= .5 else 2.))]:

@@ -95,6 +95,13 @@ def findings(*paths, **env): # the number that chkstyle ends with
     done = subprocess.run([BIN/'chkstyle', *paths], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True)
     return int(re.search(r'found (\d+) potential', done.stdout)[1])
 
+def test_lines_are_short():
+    "What is written here, in notebooks as elsewhere, has lines of 140 characters at most; prose may be longer"
+    code = {path: [''.join(o['source']) for o in json.loads(path.read_text())['cells'] if o['cell_type'] == 'code'] for path in NBS}
+    code |= {path: [path.read_text()] for folder in ('tests', 'tools', 'benchmarks') for path in (ROOT/folder).glob('*.py')}
+    lines = [(path.name, line) for path, texts in code.items() for text in texts for line in text.splitlines()]
+    assert [(name, line[:60]) for name, line in lines if len(line) > 140 and not line.startswith('#| fig-alt')] == []
+
 def test_style(tmp_path):
     "The checker finds nothing, without pragmas and settings that would silence it, and finds what is planted"
     (tmp_path/'planted.py').write_text('if planted:\n    found()\n')

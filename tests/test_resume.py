@@ -216,7 +216,8 @@ def test_loaded_learner(tmp_path):
     table, expected = (repr(o.summary()).partition('Optimizer')[0] for o in (loaded, learn))
     assert table == expected and 'Conv2d' in table
     before = weights(loaded.model)
-    with pytest.raises(RuntimeError, match='the teacher did not come along .* `learn.knowledge_distillation.teacher = teacher`'): loaded.fit(1)
+    said = 'the teacher did not come along .* `learn.knowledge_distillation.teacher = teacher`'
+    with pytest.raises(RuntimeError, match=said): loaded.fit(1)
     assert same(weights(loaded.model), before) and list(loaded.metrics.attrgot('name')) == ['accuracy']
     loaded.knowledge_distillation.teacher = trained_teacher()
     fitted(loaded) # as the message says

@@ -15,7 +15,8 @@ from torch import nn
 def pixels_of(kind, **kwargs):
     "A student of 4 and 8 channels for the digits, its teacher of 16 and 32, and the layers that are compared"
     blocks = [] if kind == 'response' else ['block1', 'block2']
-    return SimpleNamespace(learn=learner(seeded(convnet, 4), n=60, bs=20, **kwargs), teacher=trained_teacher(), layers_s=blocks, layers_t=blocks)
+    learn = learner(seeded(convnet, 4), n=60, bs=20, **kwargs)
+    return SimpleNamespace(learn=learn, teacher=trained_teacher(), layers_s=blocks, layers_t=blocks)
 
 class Attends(nn.Module):
     "A transformer's layer that shows its attention"
@@ -63,14 +64,15 @@ def words_of(name, **kwargs):
     "A reader of two layers, and a teacher of as many; wider ones where the loss can adapt"
     dls, width = loaders(sentences(), bs=20), 8 if name == 'CosineHidden' else 12
     learn = quiet(Learner(dls, seeded(Reader, 8, 2, 2), NextWord(), **kwargs))
-    return SimpleNamespace(learn=learn, teacher=seeded(Reader, width, 2, 2, seed=1), layers_s=SEQUENCE_LAYERS[name], layers_t=SEQUENCE_LAYERS[name],
-        mask=lambda tokens: tokens != 0)
+    layers, teacher = SEQUENCE_LAYERS[name], seeded(Reader, width, 2, 2, seed=1)
+    return SimpleNamespace(learn=learn, teacher=teacher, layers_s=layers, layers_t=layers, mask=lambda tokens: tokens != 0)
 
 class Boxes(nn.Module):
     "A detector of two anchors: classes and boxes"
     def __init__(self, width):
         super().__init__()
-        self.body, self.heads = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU()), nn.ModuleList([nn.Linear(width, 20), nn.Linear(width, 8)])
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU())
+        self.heads = nn.ModuleList([nn.Linear(width, 20), nn.Linear(width, 8)])
 
     def forward(self, x):
         x = self.body(x)
@@ -90,10 +92,12 @@ def make(name): return getattr(fastkd.all, name)(**SPECIAL.get(name, {}))
 
 def task(name, **kwargs):
     "A learner, a teacher and the callback's settings for the loss called `name`"
-    made = words_of(name, **kwargs) if KINDS[name] == 'sequence' else boxes_of(name, **kwargs) if name == 'BoxRegression' else pixels_of(KINDS[name], **kwargs)
+    if KINDS[name] == 'sequence': made = words_of(name, **kwargs)
+    else: made = boxes_of(name, **kwargs) if name == 'BoxRegression' else pixels_of(KINDS[name], **kwargs)
     if name == 'FSP': made.teacher = seeded(convnet, 4, seed=1) # flows of equal channels
     if name in LAYERS: made.layers_s = made.layers_t = LAYERS[name]
-    made.settings = dict(loss=make(name), activations_student=made.layers_s, activations_teacher=made.layers_t, mask=getattr(made, 'mask', None))
+    mask = getattr(made, 'mask', None)
+    made.settings = dict(loss=make(name), activations_student=made.layers_s, activations_teacher=made.layers_t, mask=mask)
     return made
 
 each = pytest.mark.parametrize('name', KINDS)
@@ -128,7 +132,8 @@ def test_first_gradient(name):
     cb = KnowledgeDistillationCallback(made.teacher, weight=.5, **made.settings)
     fitted(made.learn, [At('before_batch', before, 6), At('after_backward', after), cb], n_epoch=1)
     value, expected = by_hand(made, seen)
-    torch.testing.assert_close(torch.tensor(made.learn.recorder.distillation['distillation_loss'][0]), value.detach().float(), rtol=1e-5, atol=1e-7)
+    first = torch.tensor(made.learn.recorder.distillation['distillation_loss'][0])
+    torch.testing.assert_close(first, value.detach().float(), rtol=1e-5, atol=1e-7)
     for grad, by_hand_grad in zip(seen.grads, expected):
         assert (grad is None or not grad.any()) if by_hand_grad is None else True
         if by_hand_grad is not None: torch.testing.assert_close(grad, by_hand_grad, rtol=1e-4, atol=1e-6)
