@@ -57,7 +57,7 @@ def _advice(loss, part, share):
     "The message for a part, with the corrected line"
     usual = getattr(part.loss, 'usual_weight', None) or 0
     said = f"{part}: its gradient on the student is {share:.2g} of the task loss's, so it does nothing. "
-    if share == 0: return said + 'It does not depend on the parameters that are trained'
+    if share == 0: return said + 'No parameter that is trained has a gradient from it on this batch'
     for_a_tenth = float(f'{part.factor*.1/share:.0e}')
     factor, why = (usual, 'Its usual factor is') if usual > part.factor else (for_a_tenth, 'For a tenth of it, the factor is')
     return said + f'{why} {factor:g}: loss={Sum([replace(o, factor=factor) if o is part else o for o in loss.parts])}'

@@ -13,7 +13,7 @@ from numbers import Number
 from operator import and_
 from types import SimpleNamespace
 
-import torch
+import torch, torch.nn.functional as F
 from fastai.basics import AvgMetric, Callback, DataLoader, Learner, Recorder, ValueMetric, apply, mk_metric
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
@@ -86,6 +86,8 @@ def _check_parts(self:KnowledgeDistillationCallback):
         if (part.wants.get('fm_s') or part.wants.get('fm_t')) and not part.students:
             raise ValueError(f"{part} compares activations, and no layers are named: pass activations_student=['…'] and "
                 f"activations_teacher=['…']; `match_feature_layers(student, teacher, x)` suggests pairs")
+        if self.mask is not None and part.wants_layers and 'mask' not in part.wants:
+            warnings.warn(f'{part} compares whole activations: mask= leaves nothing out of it', stacklevel=2)
         if part.wants.get('index') and not _numbered(self.learn.dls.train):
             raise ValueError(f'{part} needs the positions of samples in the dataset, which these loaders do not supply')
 
@@ -139,9 +141,11 @@ def _target(self:KnowledgeDistillationCallback):
 @patch
 def _mask(self:KnowledgeDistillationCallback):
     "Positions that count: what the user says, else those that the task loss does not ignore; None for all"
-    if self.mask is not None: return self.mask(*self.learn.xb).bool()
+    if self.mask is not None: return torch.as_tensor(self.mask(*self.learn.xb)).bool()
     func, target = self._task_loss_func(), self._target()
-    ignored = getattr(func, 'ignore_index', getattr(getattr(func, 'func', None), 'ignore_index', None))
+    ignored = [getattr(o, 'ignore_index', None) for o in (func, getattr(func, 'func', None))] # of a fastai loss, a torch loss
+    ignored += [getattr(func, 'keywords', {}).get('ignore_index'), -100 if func is F.cross_entropy else None]
+    ignored = next((o for o in ignored if o is not None), None)
     labels = target[:2] if isinstance(target, Mixed) else [target]
     masks = [y != ignored for y in labels if ignored is not None and isinstance(y, Tensor) and not y.is_floating_point()]
     return reduce(and_, masks) if masks else None
@@ -155,7 +159,7 @@ def _index(self:KnowledgeDistillationCallback):
     dl, n = self.learn.dl, len(self.learn.xb[0])
     if not _numbered(dl): return None
     start = self.learn.iter*dl.bs
-    return torch.as_tensor(list(dl._DataLoader__idxs[start:start + n]), device=self.learn.xb[0].device)
+    return torch.as_tensor(list(dl._DataLoader__idxs[start:start + n])).to(self.learn.xb[0].device, non_blocking=True)
 
 # %% ../nbs/30_callback.ipynb #ea107a4a
 def _inside_fit(learn):
@@ -228,6 +232,7 @@ def cleanup(self:KnowledgeDistillationCallback):
     "Take away hooks and columns, and forget the fit; safe at any time"
     fit, self._fit = self._fit, None
     if fit is not None and fit.captures is not None: fit.captures.remove()
+    if fit is not None and fit.before is not None: self._restore(fit.before) # what `lr_find` taught, also if it failed
     if self.learn is not None: self.learn.metrics = self.learn.metrics.filter(lambda metric: getattr(metric, 'cb', None) is not self)
 
 @patch
@@ -235,8 +240,7 @@ def after_fit(self:KnowledgeDistillationCallback):
     "Count the epochs of a span, undo what `lr_find` taught the losses, and clean up"
     fit = self._fit
     if fit is None or self.learn.lock.locked(): return
-    if fit.before is not None: self._restore(fit.before)
-    elif fit.ready: self._epochs_done += min(self.learn.epoch + 1, self.learn.n_epoch)
+    if fit.before is None and fit.ready: self._epochs_done += min(self.learn.epoch + 1, self.learn.n_epoch)
     self.cleanup()
 
 # %% ../nbs/30_callback.ipynb #0445a3e2
@@ -283,7 +287,7 @@ def _check_finite(self:KnowledgeDistillationCallback, teacher_pred, fm_t):
     "The teacher's answer is made of finite numbers"
     answer = {f"layer '{name}'": value for name, value in fm_t.items()} | ({} if teacher_pred is None else dict(prediction=teacher_pred))
     for what, value in answer.items():
-        if value.isfinite().all(): continue
+        if not (value.isnan() | (value == math.inf)).any(): continue # -inf is a class or a position that is ruled out
         raise ValueError(f"the teacher's {what} is not finite on the first training sample: {self._fit.teacher}")
 
 # %% ../nbs/30_callback.ipynb #9882e972

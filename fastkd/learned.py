@@ -15,6 +15,7 @@ from fastai.callback.training import GradientClip
 from fastai.optimizer import OptimWrapper
 from fastcore.foundation import L
 from torch import Tensor, nn
+from .losses.core import Draws
 
 # %% ../nbs/27_learned.ipynb #9393303a
 def _distributed(): return dist.is_available() and dist.is_initialized()
@@ -71,3 +72,7 @@ def broadcast(
     "Give every process the learned parts of the first"
     if _distributed():
         for tensor in (*loss.parameters(), *loss.buffers()): dist.broadcast(tensor.detach(), 0)
+        for draws in (module for module in loss.modules() if isinstance(module, Draws)):
+            state = [draws.get_extra_state()]
+            dist.broadcast_object_list(state, 0)
+            draws.set_extra_state(state[0])

@@ -465,3 +465,32 @@ def test_compiled_student(backend):
     for learn in found, expected: fitted(learn, KD(trained_teacher(), SoftTarget() + 1000*Attention(), 'block2', 'block2'))
     assert furthest(weights(found.model._orig_mod), weights(expected.model)) < 1e-5
     assert float(found.recorder.distillation['attention_loss'][-1]) > 0
+
+def test_mask_that_nobody_uses():
+    "Losses on whole activations cannot leave positions out, and say so"
+    cb = KD(trained_teacher(), 100*FitNet(), BLOCKS, BLOCKS, mask=lambda x: torch.ones(len(x)).bool())
+    with pytest.warns(UserWarning, match='compares whole activations: mask= leaves nothing out'): fitted(student(), cb, n_epoch=1)
+
+@pytest.mark.parametrize('func', [partial(F.cross_entropy, ignore_index=3), torch.nn.CrossEntropyLoss(ignore_index=3),
+    CrossEntropyLossFlat(ignore_index=3)], ids=['partial', 'torch', 'fastai'])
+def test_every_way_to_ignore_labels(func):
+    "Samples of class 3 are left out of the distillation"
+    seen = []
+    def ask_mask(pred, mask):
+        seen.append((mask, learn.y))
+        return pred.mean()
+    learn = student(loss_func=func)
+    fitted(learn, KD(trained_teacher(), ask_mask), n_epoch=1)
+    for mask, y in seen: assert torch.equal(mask, y != 3)
+
+class RulesOut(nn.Module):
+    "A teacher that rules a class out"
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x): return self.model(x).index_fill(1, torch.tensor([7]), -torch.inf)
+
+def test_teacher_that_rules_out_a_class():
+    learn = fitted(student(), KD(RulesOut(trained_teacher()), SoftTarget), n_epoch=1)
+    assert torch.tensor(learn.recorder.distillation['distillation_loss']).isfinite().all()

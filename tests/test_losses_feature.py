@@ -4,7 +4,7 @@ from cases import draw
 from cases_feature import BNS, batch_norm, negative_mean, nst, teacher_module
 from fastkd.callback import KnowledgeDistillationCallback
 from fastkd.losses.core import Probe
-from fastkd.losses.feature import FSP, NST, ActivationBoundaries, ChannelWise, MarginReLU, flow_matrix, last_bn, negative_means
+from fastkd.losses.feature import FSP, NST, ActivationBoundaries, Attention, ChannelWise, MarginReLU, flow_matrix, last_bn, negative_means
 from formulas import close, value_and_grad
 from helpers import convnet, error_of, learner, same, seeded, weights
 from torch import nn
@@ -205,3 +205,10 @@ def test_nst_in_little_memory():
     f_s, f_t = torch.randn(2, 40, 12, 12, requires_grad=True), torch.randn(2, 60, 12, 12)
     with Watch(): NST()(f_s, f_t).backward()
     assert biggest <= 2*60*144
+
+@pytest.mark.parametrize('p', [1, 2, 3, 4])
+def test_attention_has_no_scale(p):
+    "Small activations and large ones have the same map"
+    f_s, f_t = (torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    expected = Attention(p)(f_s, f_t)
+    for scale in (1e-4, 1e4): torch.testing.assert_close(Attention(p)(scale*f_s, f_t), expected)

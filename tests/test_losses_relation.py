@@ -1,8 +1,8 @@
 "What is particular to losses on relations: known values, what they take for the same, and what CRD remembers."
-import copy, math, numpy as np, pytest, torch
+import copy, math, numpy as np, pytest, torch, torch.nn.functional as F
 from cases import draw
 from fastkd.losses import relation
-from fastkd.losses.core import Probe
+from fastkd.losses.core import Probe, unit
 from fastkd.losses.relation import (CRD, PKT, RKD, Contrastive, CorrelationCongruence, CosineSimilarity, Gram, InstanceGraph,
     Similarity, pairwise_distances, triplet_angles)
 from formulas import close
@@ -237,4 +237,18 @@ def test_it_trains(loss):
     if not isinstance(loss, CRD): return
     memory = loss.learned[0]
     if loss.form == 'queue': assert memory.n_keys == 60
-    else: assert len(memory.bank_s) == 100 and memory.log_z.isfinite().all() and memory.draws.n_draws == 1 + 8 # the check draws once
+    else: assert len(memory.bank_s) == 100 and memory.log_z.isfinite().all() and memory.draws.n_draws == 8 # the check draws nothing
+
+def test_no_sample_is_its_own_negative():
+    "With positions in the dataset, keys of the same sample from earlier batches are left out"
+    f_s, f_t, index = draw((4, 3), dtype=torch.float32), draw((4, 3), 1, dtype=torch.float32), torch.arange(4)
+    loss = CRD(dim=2, negatives=8).build(Probe(fm_s=dict(s=f_s[:1]), fm_t=dict(t=f_t[:1])))
+    loss(f_s, f_t, index=index)
+    memory = loss.learned[0]
+    assert memory.owners.tolist() == [0, 1, 2, 3, -1, -1, -1, -1] and memory.n_keys == 4
+    s, t = unit(memory.student(f_s)), unit(memory.teacher(f_t))
+    scores = s @ memory.keys[:4].T
+    others = scores.masked_fill(torch.eye(4).bool(), -math.inf)
+    expected = F.cross_entropy(torch.cat([(s*t).sum(1, keepdim=True), others], 1)/.07, torch.zeros(4, dtype=torch.long))
+    torch.testing.assert_close(loss.eval()(f_s, f_t, index=index), expected)
+    assert loss(f_s, f_t) > expected # without positions nobody knows

@@ -2,7 +2,7 @@
 import formulas as f, math, numpy as np, pytest, torch, torch.nn.functional as F
 from cases import apply, draw
 from cases_response import CASES, LABELLED, dist
-from fastkd.losses.core import Mixed, Probe, to_rows, wanted_inputs
+from fastkd.losses.core import LabelledResponseLoss, Mixed, Probe, to_rows, wanted_inputs
 from fastkd.losses.response import (DIST, BinaryKD, DecoupledKD, Divergence, HardLabel, Logits, Mutual, NormalizedKD, SoftMAE, SoftTarget,
     WeightedSoftLabel, split_by_target)
 from formulas import close
@@ -248,3 +248,29 @@ def test_soft_mae_is_bounded():
     close(SoftMAE()(tensor([[300., 0., 0., 0.]]), tensor([[0., 300., 0., 0.]])), 2/4)
     student, teacher = a_pair(3, 4)
     close((SoftTarget() + SoftMAE())(pred=student, teacher_pred=teacher), SoftTarget()(student, teacher) + SoftMAE()(student, teacher))
+
+# ---- Classes that are ruled out, and single outputs
+
+@pytest.mark.parametrize('loss', [SoftTarget(), Mutual(), DecoupledKD(), DIST(), Divergence('js'), Divergence('tv'), Divergence('forward'),
+    WeightedSoftLabel(), NormalizedKD(), HardLabel(), SoftMAE()], ids=repr)
+def test_classes_that_the_teacher_rules_out(loss):
+    "A logit of -inf is a probability of 0: what a very low logit gives, and finite"
+    z, t, y = (torch.randn(3, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    y = y.argmax(1)
+    values = []
+    for low in (-1e4, -math.inf):
+        student = z.clone().requires_grad_()
+        ruled_out = t.index_fill(1, (y[:1] + 1) % 4, low)
+        value = loss(student, ruled_out, **(dict(target=y.fill_(y[0])) if isinstance(loss, LabelledResponseLoss) else {}))
+        value.backward()
+        assert value.isfinite() and student.grad.isfinite().all()
+        values.append(value.item())
+    if not isinstance(loss, DIST): assert values[0] == pytest.approx(values[1], rel=1e-4) # DIST compares columns of any size
+
+@pytest.mark.parametrize('shape', [(3, 1), (3,)])
+def test_single_outputs(shape):
+    "Their softmax is always 1, so that nothing would be learned"
+    probe = Probe(torch.randn(shape), torch.randn(shape), target=torch.zeros(shape[0], dtype=torch.long))
+    for loss in (SoftTarget(), DIST(), HardLabel(), DecoupledKD()):
+        with pytest.raises(ValueError, match='the softmax of a single output is always 1'): loss.build(probe)
+    for loss in (Logits(), BinaryKD()): assert loss.build(probe)(torch.randn(shape), torch.randn(shape)) > 0

@@ -194,8 +194,9 @@ class NeedsSettings(Loss):
     def forward(self, pred): return pred.mean()*self.width
 
 def test_as_sum_refuses():
-    with pytest.raises(TypeError, match="needs_settings needs settings, so pass an instance of it: .*'width'"): as_sum(NeedsSettings)
-    for wrong in ('SoftTarget', 4, None, tensor(1.), [SoftTarget()]):
+    with pytest.raises(TypeError, match="settings that have no default is passed as an instance: .*'width'"): as_sum(NeedsSettings)
+    with pytest.raises(TypeError, match='several losses are added'): as_sum([SoftTarget(), Attention()])
+    for wrong in ('SoftTarget', 4, None, tensor(1.)):
         with pytest.raises(TypeError, match='a loss is a callable that returns a scalar, not'): as_sum(wrong)
     assert as_sum(partial(NeedsSettings, width=3))(pred=tensor([2.])) == 6
 

@@ -126,7 +126,7 @@ def test_frozen_groups():
     cb, learn = fitnet(), learner(splitter=lambda model: [params(model[:3]), params(model[3:])], train_bn=False)
     learn.freeze()
     before = {name: p.detach().clone() for name, p in learn.model.named_parameters()}
-    with pytest.warns(UserWarning, match='does not depend on the parameters that are trained'): fitted(learn, cb)
+    with pytest.warns(UserWarning, match='No parameter that is trained has a gradient'): fitted(learn, cb)
     moved = {name for name, p in learn.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {'head.3.weight', 'head.3.bias'}
     values = learn.recorder.distillation['fit_net_loss']

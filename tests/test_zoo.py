@@ -181,6 +181,30 @@ def test_logit_gap(case, dtype):
             assert value.isfinite() and all(grad.isfinite().all() and grad.abs().max() <= 1e6 for grad in grads)
 
 @each
+def test_what_is_masked_has_no_say(case):
+    "Not even where the teacher says nan there"
+    if not case.is_response: return
+    call, given = ready(case, torch.float64)
+    n = len(given['pred'])
+    if n == 1: return
+    mask = torch.arange(n) < n - 1
+    mask = mask.reshape(-1, *[1]*(given['pred'].ndim - 2)).expand(n, *given['pred'].shape[2:])
+    value, grads = value_and_grads(call, given | dict(mask=mask))
+    for wrong in (math.nan, math.inf, -math.inf):
+        teacher = given['teacher_pred'].index_fill(0, torch.tensor([n - 1]), wrong)
+        again, wrong_grads = value_and_grads(call, given | dict(mask=mask, teacher_pred=teacher))
+        assert torch.equal(again, value) and all(map(torch.equal, grads, wrong_grads)) and not wrong_grads[0][-1].any()
+
+@each
+def test_a_teacher_in_float64(case):
+    "A student in float32 gets gradients in float32, of about the same value"
+    call, given = ready(case, torch.float32)
+    doubled = {key: to(torch.float64, dict(o=given[key]))['o'] for key in ('teacher_pred', 'fm_t') if key in given}
+    value, grads = value_and_grads(call, given | doubled)
+    close(value.double(), call(**given).double(), rtol=1e-4, atol=1e-5)
+    assert {grad.dtype for grad in grads} == {torch.float32}
+
+@each
 def test_layouts_of_memory(case):
     "channels_last, and slices of larger tensors"
     i = next((i for i, (shape, _) in enumerate(case.shapes) if not isinstance(shape, list) and len(shape) == 4), 0)

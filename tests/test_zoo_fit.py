@@ -83,7 +83,7 @@ def boxes_of(name, **kwargs):
     learn = quiet(Learner(dls, seeded(Boxes, 8), lambda output, y: F.cross_entropy(output['logits'], y), **kwargs))
     return SimpleNamespace(learn=learn, teacher=seeded(Boxes, 16, seed=1), layers_s=['boxes'], layers_t=['boxes'])
 
-SPECIAL = dict(SRRL=dict(head='head.3'), CRD=dict(negatives=40), MaskedGenerative=dict(mask='channel'),
+SPECIAL = dict(SRRL=dict(head='head.3'), CRD=dict(negatives=20), MaskedGenerative=dict(mask='channel'),
     BoxRegression=dict(positives=lambda y: y < 5))
 LAYERS = dict(MarginReLU=['block1.1', 'block2.1'], SRRL=['block2'])
 KINDS = available_losses().kind.to_dict()
@@ -117,22 +117,26 @@ def by_hand(made, seen):
     with torch.no_grad(): _, teacher_pred, fm_t = run(made.teacher.eval(), made.layers_t)
     loss, y = seen.loss.parts[0].loss, seen.yb[0]
     mask = seen.xb[0] != 0 if 'mask' in vars(made) else None
-    given = dict(pred=pred, teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=y, mask=mask)
+    given = dict(pred=pred, teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=y, mask=mask, index=seen.index)
     value = loss(**{key: o for key, o in given.items() if key in wanted_inputs(loss) and o is not None})
-    total = .5*made.learn.loss_func(output, y) + .5*value
-    return value, torch.autograd.grad(total, list(seen.model.parameters()), allow_unused=True)
+    params, total = list(seen.model.parameters()), .5*made.learn.loss_func(output, y) + .5*value
+    own = torch.autograd.grad(value, params, allow_unused=True, retain_graph=True)
+    assert max(grad.abs().max() for grad in own if grad is not None) > 1e-6 # a comparison of nothing would be none
+    return value, torch.autograd.grad(total, params, allow_unused=True)
 
 @each
 def test_first_gradient(name):
+    "Of the first batch, or of the second where the first one only fills a memory"
     made, seen = task(name), SimpleNamespace()
+    nth = 2 if make(name).starts_silent else 1
     def before(learn):
         seen.model, seen.loss, seen.xb, seen.yb = copy.deepcopy(learn.model), copy.deepcopy(cb.loss), learn.xb, learn.yb
-        seen.state = copy.deepcopy(cb.loss.state_dict())
+        seen.index = cb._index()
     def after(learn): seen.grads = [None if p.grad is None else p.grad.clone() for p in learn.model.parameters()]
     cb = KnowledgeDistillationCallback(made.teacher, weight=.5, **made.settings)
-    fitted(made.learn, [At('before_batch', before, 6), At('after_backward', after), cb], n_epoch=1)
+    fitted(made.learn, [At('before_batch', before, 6, nth), At('after_backward', after, nth=nth), cb], n_epoch=1)
     value, expected = by_hand(made, seen)
-    first = torch.tensor(made.learn.recorder.distillation['distillation_loss'][0])
+    first = torch.tensor(made.learn.recorder.distillation['distillation_loss'][nth - 1])
     torch.testing.assert_close(first, value.detach().float(), rtol=1e-5, atol=1e-7)
     for grad, by_hand_grad in zip(seen.grads, expected):
         assert (grad is None or not grad.any()) if by_hand_grad is None else True
@@ -140,20 +144,20 @@ def test_first_gradient(name):
 
 # ---- It falls
 
-RISES = dict(AdversarialFeatures='the value is what the discriminator minimises and the student raises',
-    CRD='the value counts the negatives, and the queue fills up during the first batches')
+RISES = dict(AdversarialFeatures='the student raises what the discriminator minimises')
 
 @each
 def test_it_falls_with_frozen_adapters(name, monkeypatch):
     "Training the student alone brings the loss down"
-    if name in RISES: return
+    if name in RISES: pytest.skip(RISES[name])
     build = Sum.build
     def frozen(self, probe): return build(self, probe).requires_grad_(False)
     monkeypatch.setattr(Sum, 'build', frozen)
     made = task(name)
     cb = KnowledgeDistillationCallback(made.teacher, weight=1., task_weight=0., **made.settings)
     values = fitted(made.learn, cb, n_epoch=8, lr=5e-3).recorder.distillation['distillation_loss']
-    assert sum(values[-3:]) < sum(values[:3]) and cb._learned is None
+    start = 3 if make(name).starts_silent else 0 # when the memory is full
+    assert sum(values[-3:]) < sum(values[start:start + 3]) and cb._learned is None
 
 # ---- Precisions and layouts
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['INPUTS', 'wanted_inputs', 'loss_name', 'Loss', 'Probe', 'to_rows', 'mean_of', 'fit_mask', 'ResponseLoss', 'Mixed',
            'class_index', 'LabelledResponseLoss', 'as_list', 'PairLoss', 'RelationLoss', 'unit', 'channels_first',
-           'to_square', 'same_positions', 'FeatureLoss', 'make_adapter', 'AdaptedLoss', 'Draws', 'Part', 'pick', 'Sum',
-           'as_sum']
+           'both_channels_first', 'to_square', 'same_positions', 'FeatureLoss', 'make_adapter', 'AdaptedLoss', 'Draws',
+           'Part', 'pick', 'Sum', 'as_sum']
 
 # %% ../../nbs/10_losses.core.ipynb #bab39613
 import copy, inspect, math
@@ -52,7 +52,8 @@ class Loss(nn.Module):
     "Base of all losses: checked settings, full precision, learned parts"
     usual_weight = None # Factor in front of this loss in its paper
     starts_silent = False # Whether the first batch has nothing to be compared with, so that a silent start is no mistake
-    positive, at_least = (), {} # Settings that must be > 0, and settings with a least value
+    positive, at_least, below, whole = (), {}, {}, () # Settings > 0; with a least value; with a bound; whole numbers
+    fixed = () # Settings that are read once, by `build`: no schedule moves them
 
     def __new__(cls, *args, **kwargs):
         if any(isinstance(arg, Tensor) for arg in (*args, *kwargs.values())):
@@ -71,11 +72,13 @@ class Loss(nn.Module):
 
     def check_setting(self, name, value):
         "Raise a ValueError where a setting is out of range"
-        if name not in self.positive and name not in self.at_least: return
-        cls, least = type(self).__name__, self.at_least.get(name, -math.inf)
-        if not isinstance(value, Number): raise TypeError(f'{cls}: {name} is a number, not {value!r}')
-        if name in self.positive and not 0 < value < math.inf: raise ValueError(f'{cls}: {name} must be positive and finite, not {value:g}')
-        if not least <= value < math.inf: raise ValueError(f'{cls}: {name} must be at least {least:g} and finite, not {value:g}')
+        if not any(name in names for names in (self.positive, self.at_least, self.below, self.whole)): return
+        what, least = f'{type(self).__name__}: {name}', self.at_least.get(name, -math.inf)
+        if not isinstance(value, Number) or isinstance(value, bool): raise TypeError(f'{what} is a number, not {value!r}')
+        if name in self.positive and not 0 < value < math.inf: raise ValueError(f'{what} must be positive and finite, not {value:g}')
+        if not least <= value < math.inf: raise ValueError(f'{what} must be at least {least:g} and finite, not {value:g}')
+        if value >= self.below.get(name, math.inf): raise ValueError(f'{what} must be below {self.below[name]:g}, not {value:g}')
+        if name in self.whole and value != int(value): raise ValueError(f'{what} is a whole number, not {value:g}')
 
     def make_learned(self,
         probe, # What one sample looks like, a `Probe`
@@ -182,15 +185,24 @@ def fit_mask(
 # %% ../../nbs/10_losses.core.ipynb #9fc6673e
 class ResponseLoss(Loss):
     "Base of losses that compare predictions row by row: implement `rows(student, teacher) -> (N,)` on `(N, n_classes)` logits"
+    least_classes = 2 # 1 for losses that compare single outputs, too
+
     def forward(self,
         pred:Tensor, # Student's logits `(bs, n_classes, ...)`
         teacher_pred:Tensor, # Teacher's logits, of the same shape
         mask:Tensor=None, # `(bs, ...)` bool, positions that count
         axis:int=1, # Dimension that holds the classes
     ) -> Tensor: # A scalar
-        return mean_of(self.rows(*self.both_rows(pred, teacher_pred, axis)), self.fit_mask(mask, pred, axis))
+        student, teacher, mask = self.counted(pred, teacher_pred, mask, axis)
+        return mean_of(self.rows(student, teacher), mask)
 
-    def fit_mask(self, mask, pred, axis): return fit_mask(mask, pred.shape if pred.ndim == 1 else pred.movedim(axis, -1).shape[:-1])
+    def counted(self, pred, teacher_pred, mask, axis):
+        "Rows of both models and their mask; a row that does not count is zero, whatever stands there"
+        rows = self.both_rows(pred, teacher_pred, axis)
+        mask = fit_mask(mask, pred.shape if pred.ndim == 1 else pred.movedim(axis, -1).shape[:-1])
+        if mask is None: return *rows, None
+        mask = mask.flatten()
+        return *(torch.where(mask[:, None], o, 0.) for o in rows), mask
 
     def both_rows(self, pred, teacher_pred, axis):
         "Rows of both models, which must predict the same classes at the same positions"
@@ -200,7 +212,10 @@ class ResponseLoss(Loss):
         what = f'the student predicts {n_s[0]} classes and the teacher {n_t[0]}' if n_s and n_t and n_s != n_t else 'predictions differ'
         raise ValueError(f'{self}: {what} (shape {shape_s} and {shape_t})')
 
-    def check(self, probe): self.both_rows(probe.pred, probe.teacher_pred, probe.axis)
+    def check(self, probe):
+        n_classes = self.both_rows(probe.pred, probe.teacher_pred, probe.axis)[0].shape[1]
+        if n_classes >= self.least_classes: return
+        raise ValueError(f'{self}: the softmax of a single output is always 1; BinaryKD and Logits compare single outputs')
 
 # %% ../../nbs/10_losses.core.ipynb #dc1e985f
 class Mixed(NamedTuple):
@@ -211,7 +226,9 @@ class Mixed(NamedTuple):
 
 def class_index(target, shape, axis):
     "Labels `(bs, ...)` as they are; one-hot labels, of the predictions' shape, as the position of the one"
-    return target.argmax(axis) if target.shape == shape else target
+    if target.shape == shape: return target.argmax(axis)
+    if not target.is_floating_point(): return target
+    raise ValueError(f'labels are classes as integers or one-hot, not {target.dtype} of shape {tuple(target.shape)}')
 
 class LabelledResponseLoss(ResponseLoss):
     "Base of response losses that use labels: implement `rows(student, teacher, target) -> (N,)`, with class indices `(N,)` as target"
@@ -222,11 +239,11 @@ class LabelledResponseLoss(ResponseLoss):
         mask:Tensor=None, # `(bs, ...)` bool, positions that count
         axis:int=1, # Dimension that holds the classes
     ) -> Tensor: # A scalar
-        (student, teacher), mask = self.both_rows(pred, teacher_pred, axis), self.fit_mask(mask, pred, axis)
+        student, teacher, mask = self.counted(pred, teacher_pred, mask, axis)
         labels = [class_index(y, pred.shape, axis) for y in (target[:2] if isinstance(target, Mixed) else [target])]
         known = reduce(and_, [(0 <= y) & (y < student.shape[1]) for y in labels]).flatten() # -100 and 255 are no classes
         rows = [self.rows(student, teacher, y.flatten().where(known, 0)) for y in labels]
-        return mean_of(self.blend(rows, target, labels[0]), known if mask is None else known & mask.flatten())
+        return mean_of(self.blend(rows, target, labels[0]), known if mask is None else known & mask)
 
     def blend(self, rows, target, y):
         "Rows of both labels in the proportion of mixed samples"
@@ -240,8 +257,6 @@ class LabelledResponseLoss(ResponseLoss):
 
     def check_labels(self, y, pred, axis):
         "Each position has one class"
-        if pred.ndim < 2 or pred.shape[axis] < 2:
-            raise ValueError(f'{self} needs two classes or more, and predictions are {tuple(pred.shape)}')
         if not isinstance(y, Tensor): raise ValueError(f'{self} needs labels, a tensor, and the loaders give {type(y).__name__}')
         y = y.as_subclass(Tensor)
         if y.shape[1:] == pred.shape[1:] and pred.ndim > 1: # a column for each class
@@ -276,7 +291,7 @@ class PairLoss(Loss):
 
     def common_form(self, student, teacher):
         if len(student) != len(teacher): raise ValueError(f'{len(student)} samples of the student, {len(teacher)} of the teacher')
-        return self.bring(student, teacher)
+        return self.bring(student, teacher.to(student.dtype))
 
     def forward(self,
         fm_s:dict, # Student's activations by layer name (a list or a single tensor does, too)
@@ -324,6 +339,11 @@ def channels_first(activation, square=True):
     if square and activation.ndim == 4 and shape[1] == shape[2] != shape[3]: return activation.permute(0, 3, 1, 2)
     return activation
 
+def both_channels_first(student, teacher, square=True):
+    "Two sides of which one is clearly no channels-last map make `(bs, 8, 8, 6)` a map of 8 channels on the other"
+    square = square and all(o.ndim != 4 or o.shape[2] in (o.shape[1], o.shape[3]) for o in (student, teacher))
+    return channels_first(student, square), channels_first(teacher, square)
+
 def to_square(tokens):
     "Lay tokens `(bs, C, N)` out as a square map `(bs, C, side, side)`, without the tokens in front of the image"
     n = tokens.shape[2]
@@ -331,15 +351,14 @@ def to_square(tokens):
     if n - side**2 >= side: raise ValueError(f'{n} tokens are no square image with a few tokens in front')
     return tokens[..., n - side**2:].unflatten(2, (side, side))
 
+# %% ../../nbs/10_losses.core.ipynb #f75fdb00
 def same_positions(
     student:Tensor, # Student's activation, in any of the layouts above
     teacher:Tensor, # Teacher's activation
     square:bool=True, # Whether images are square; else a map is never taken for a channels-last one
 ) -> tuple: # Both as `(bs, channels, *positions)` with the same positions
     "Bring two activations to the same positions: the larger map is average-pooled to the smaller"
-    # two sides that are not square make (bs, 8, 8, 6) a map of 8 channels
-    square = square and all(o.ndim != 4 or o.shape[2] in (o.shape[1], o.shape[3]) for o in (student, teacher))
-    student, teacher = channels_first(student, square), channels_first(teacher, square)
+    student, teacher = both_channels_first(student, teacher, square)
     if student.shape[2:] == teacher.shape[2:]: return student, teacher
     if student.ndim != teacher.ndim or student.ndim == 3:
         student, teacher = (to_square(o) if o.ndim == 3 else o for o in (student, teacher))
@@ -389,8 +408,8 @@ class Draws(nn.Module):
 
     def rand(self, size, like):
         "Uniform numbers in [0, 1) of shape `size`, with the dtype and device of `like`"
-        self.n_draws += 1
-        generator = torch.Generator().manual_seed(self.seed + self.n_draws)
+        generator = torch.Generator().manual_seed(self.seed + self.n_draws + 1)
+        self.n_draws += self.training # the check before a fit leaves the stream where it is
         return torch.rand(size, generator=generator, dtype=like.dtype).to(like.device, non_blocking=True)
 
     def get_extra_state(self): return torch.tensor([self.seed, self.n_draws])
@@ -415,7 +434,7 @@ class Part:
         try: getattr(self.loss, 'matched', PairLoss().matched)(len(students), len(teachers))
         except ValueError as e:
             sides = f'{len(students)} student layers {students} and {len(teachers)} teacher layers {teachers}'
-            raise ValueError(f'{self}: {sides} do not pair: {e}') from e
+            raise ValueError(f'{self}: {sides} do not pair' + (f': {e}' if len(students) == len(teachers) else '')) from e
 
     def check_factor(self, value):
         if not isinstance(value, Number): raise TypeError(f'a loss is multiplied by a number, as in 1000*Attention(), not by {value!r}')
@@ -463,7 +482,9 @@ class Sum(nn.Module):
         "Give layers to the parts that have none of their own"
         students, teachers = listify(students), listify(teachers)
         fill = lambda part: part.wants_layers and part.students is None
-        if not any(map(fill, self.parts)): raise ValueError(f'no part of {self} is without layers and compares activations')
+        if not any(part.wants_layers for part in self.parts):
+            raise ValueError(f'{self} compares predictions, and layers are named for it: leave out activations_student and _teacher')
+        if not any(map(fill, self.parts)): raise ValueError(f'all parts of {self} that compare activations have layers of their own')
         for part in filter(fill, self.parts): part.check_layers(students, teachers)
         return Sum([replace(part, students=students, teachers=teachers) if fill(part) else part for part in self.parts])
 
@@ -525,7 +546,8 @@ def as_sum(
     is_class = inspect.isclass(loss.func if isinstance(loss, partial) else loss)
     if is_class:
         try: loss = loss()
-        except TypeError as e: raise TypeError(f'{loss_name(loss)} needs settings, so pass an instance of it: {e}') from e
+        except TypeError as e: raise TypeError(f'a loss with settings that have no default is passed as an instance: {e}') from e
+    if isinstance(loss, (list, tuple)): raise TypeError('several losses are added: SoftTarget() + 1000*Attention()')
     if not callable(loss): raise TypeError(f'a loss is a callable that returns a scalar, not {loss!r}')
     return Sum([Part(loss)])
 
@@ -544,7 +566,7 @@ def _settings(part):
     "Names of the numbers that a schedule can move"
     params = inspect.signature(type(part.loss).__init__).parameters if isinstance(part.loss, Loss) else {}
     is_number = lambda value: isinstance(value, Number) and not isinstance(value, bool)
-    return ['factor', *(name for name in params if is_number(getattr(part.loss, name, None)))]
+    return ['factor', *(name for name in params if is_number(getattr(part.loss, name, None)) and name not in part.loss.fixed)]
 
 @patch
 @contextmanager

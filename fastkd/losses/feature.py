@@ -39,8 +39,10 @@ def attention_map(
     p:float=2, # Power; a larger one looks at the strongest positions only
 ): # `(bs, n_positions)`, each row of length 1; a map of zeros stays zero
     "Where an activation is large"
-    power = activation.square() if p == 2 else activation.abs().pow(p)
-    return unit(power.mean(1).flatten(1))
+    if p == 2: return unit(activation.square().mean(1).flatten(1))
+    size, peak = activation.abs(), activation.detach().abs().flatten(1).amax(1)
+    size = size/torch.where(peak > 0, peak, 1.).reshape(-1, *[1]*(size.ndim - 1)) # a high power of a small number is nothing
+    return unit(size.pow(p).mean(1).flatten(1))
 
 class Attention(FeatureLoss):
     "Squared difference of attention maps (Zagoruyko and Komodakis 2017, eq. 2, as in the authors' code)"

@@ -12,7 +12,7 @@ import math
 import torch, torch.distributed as dist, torch.nn.functional as F
 from fastcore.basics import store_attr
 from torch import nn
-from .core import AdaptedLoss, Draws, FeatureLoss, RelationLoss, channels_first, make_adapter, same_positions, unit
+from .core import AdaptedLoss, Draws, FeatureLoss, RelationLoss, both_channels_first, make_adapter, same_positions, unit
 
 # %% ../../nbs/13_losses.relation.ipynb #8149ef4f
 def lengths(
@@ -106,13 +106,12 @@ def difference_of_pairs(
 
 class CorrelationCongruence(RelationLoss):
     "Squared difference of a Gaussian kernel's Taylor series between samples (Peng et al. 2019)"
-    positive, at_least = ('gamma',), dict(P=1)
+    positive, at_least, whole = ('gamma',), dict(P=1), ('P',)
     def __init__(self,
         gamma:float=.4, # Sharpness of the kernel, > 0
         P:int=2, # Highest power of the series, >= 1
     ):
         super().__init__()
-        if P != int(P): raise ValueError(f'P is a whole number, not {P}')
         store_attr()
 
     def kernel(self, rows):
@@ -147,8 +146,7 @@ def pooled(
     square:bool=True, # Whether images are square; else a map is never taken for a channels-last one
 ): # Features `(bs, channels)` of both
     "Means over positions"
-    square = square and all(o.ndim != 4 or o.shape[2] in (o.shape[1], o.shape[3]) for o in (student, teacher))
-    maps = (channels_first(o, square) for o in (student, teacher))
+    maps = both_channels_first(student, teacher, square)
     return tuple(o.flatten(2).mean(2) if o.ndim > 2 else o for o in maps)
 
 class Contrastive(AdaptedLoss):
@@ -183,16 +181,20 @@ class TeacherQueue(nn.Module):
         self.student, self.teacher = nn.Linear(n_s, crd.dim), nn.Linear(n_t, crd.dim)
         self.register_buffer('keys', torch.zeros(crd.negatives, crd.dim))
         self.register_buffer('n_keys', torch.tensor(0)) # how many are there already
+        self.register_buffer('owners', torch.full((crd.negatives,), -1)) # which sample each key comes from, where that is known
 
     def forward(self, s, t, crd, index):
-        free = torch.arange(len(self.keys), device=s.device) >= self.n_keys
-        others = (s @ self.keys.T).masked_fill(free, -math.inf)
+        is_no_other = torch.arange(len(self.keys), device=s.device) >= self.n_keys # or a key of the sample itself, from an earlier epoch
+        if index is not None: is_no_other = is_no_other | (index[:, None] == self.owners)
+        others = (s @ self.keys.T).masked_fill(is_no_other, -math.inf)
         scores = torch.cat([(s*t).sum(1, keepdim=True), others], 1)/crd.T
-        if crd.remembers: self.remember(gather_rows(t.detach()))
+        if crd.remembers: self.remember(gather_rows(t.detach()), None if index is None else gather_rows(index))
         return F.cross_entropy(scores, torch.zeros(len(s), dtype=torch.long, device=s.device))
 
-    def remember(self, t):
+    def remember(self, t, index):
         "Put new keys in front, without touching the old tensor, which the backward pass needs"
+        owners = torch.full_like(self.owners[:1], -1).expand(len(t)) if index is None else index
+        self.owners = torch.cat([owners, self.owners])[:len(self.keys)]
         self.keys = torch.cat([t, self.keys])[:len(self.keys)]
         self.n_keys = (self.n_keys + len(t)).clamp(max=len(self.keys))
 
@@ -208,6 +210,7 @@ class SampleBanks(nn.Module):
 
     def forward(self, s, t, crd, index):
         n = len(self.bank_s)
+        if index is None: index = torch.zeros(len(s), dtype=torch.long, device=s.device) # the check before a fit
         drawn = (self.draws.rand(crd.negatives, s.float())*n).long()
         scores = [torch.cat([(o*bank[index]).sum(1, keepdim=True), o @ bank[drawn].T], 1)/crd.T
             for o, bank in ((s, self.bank_t), (t, self.bank_s))]
@@ -230,7 +233,8 @@ class SampleBanks(nn.Module):
 # %% ../../nbs/13_losses.relation.ipynb #d13a58d1
 class CRD(FeatureLoss):
     "Contrast of each sample's projections with those of thousands of others (Tian et al. 2020, eqs. 17-19)"
-    usual_weight, positive, at_least = .8, ('T',), dict(dim=1, negatives=1, momentum=0)
+    usual_weight, positive, at_least, below = .8, ('T',), dict(dim=1, negatives=1, momentum=0), dict(momentum=1)
+    whole = fixed = 'dim', 'negatives'
     def __init__(self,
         dim:int=128, # Size of the common space
         negatives:int=16384, # Length of the queue, or draws from a bank
@@ -270,7 +274,7 @@ class CRD(FeatureLoss):
     def forward(self,
         fm_s:dict, # Student's activations by layer name
         fm_t:dict, # Teacher's activations, as many
-        index=None, # Positions of the samples in the dataset, `(bs,)`; only for form='nce'
+        index=None, # Positions of the samples in the dataset, `(bs,)`, so that no sample is its own negative; 'nce' needs it
     ): # A scalar
         if self.form == 'nce' and index is None: raise ValueError(f'{self} needs `index`, the positions of the samples in the dataset')
         pairs = self.pairs(fm_s, fm_t)
@@ -278,7 +282,6 @@ class CRD(FeatureLoss):
 
     def pair(self, student, teacher, memory=None, index=None):
         if memory is None: raise ValueError(f'{self} learns its projections: call build(probe) first, as the callback does')
-        if index is None: index = torch.zeros(len(student), dtype=torch.long, device=student.device)
         return memory(unit(memory.student(student)), unit(memory.teacher(teacher)), self, index)
 
 # %% ../../nbs/13_losses.relation.ipynb #d13a5a68
@@ -302,7 +305,7 @@ class InstanceGraph(AdaptedLoss):
 
     def pair(self, student, teacher, adapter=None):
         n_edges = max(len(student)*(len(student) - 1)//2, 1)
-        lengths = (pairwise_distances(o.flatten(1)) for o in (student, teacher))
-        d_s, d_t = (rescaled(d, d.sum()/n_edges) for d in lengths)
+        distances = (pairwise_distances(o.flatten(1)) for o in (student, teacher))
+        d_s, d_t = (rescaled(d, d.sum()/n_edges) for d in distances)
         value = self.edges*F.mse_loss(d_s, d_t, reduction='sum')/n_edges
         return value + self.vertices*super().pair(*same_positions(student, teacher, self.square), adapter) if self.vertices else value

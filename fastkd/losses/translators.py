@@ -11,7 +11,7 @@ import copy, math
 import torch, torch.nn.functional as F
 from fastcore.basics import listify, store_attr
 from torch import nn
-from .core import Draws, FeatureLoss, channels_first, make_adapter, to_square, unit
+from .core import Draws, FeatureLoss, both_channels_first, channels_first, make_adapter, to_square, unit
 from ..modules import Captures, evaluating, missing_layer, unwrap_model
 
 # %% ../../nbs/17_losses.translators.ipynb #eea33137
@@ -106,7 +106,7 @@ class _Given(tuple):
 
 class FactorTransfer(_Translated):
     "Mean absolute difference of factors, L2-normalized per sample (Kim et al. 2018, as in the authors' code)"
-    positive = ('rate',)
+    positive = fixed = 'rate',
     def __init__(self,
         rate:float=.5, # Factors per channel of the teacher, > 0; None compares the activations themselves, with nothing learned
         paraphrasers=None, # From `train_paraphrasers`, one for each pair, which then say how many factors there are; None takes random ones
@@ -140,7 +140,7 @@ class FactorTransfer(_Translated):
 # %% ../../nbs/17_losses.translators.ipynb #0b3fe8b1
 class MaskedGenerative(_Translated):
     "Squared error, summed and divided by B, of a teacher's activation generated from a masked student's (Yang et al. 2022)"
-    usual_weight, at_least = 2e-5, dict(ratio=0)
+    usual_weight, at_least, below = 2e-5, dict(ratio=0), dict(ratio=1)
     def __init__(self,
         ratio:float=.65, # Share that is hidden, in [0, 1)
         mask:str='spatial', # What is hidden: 'spatial' for positions, 'channel' for channels (classification, with ratio .15)
@@ -148,10 +148,6 @@ class MaskedGenerative(_Translated):
         super().__init__()
         if mask not in ('spatial', 'channel'): raise ValueError(f"mask is 'spatial' or 'channel', not {mask!r}")
         store_attr()
-
-    def check_setting(self, name, value):
-        super().check_setting(name, value)
-        if name == 'ratio' and value >= 1: raise ValueError(f'MaskedGenerative: ratio must be below 1, not {value:g}')
 
     def translator(self, student, teacher):
         n_t, n_dims = teacher.shape[1], teacher.ndim - 2
@@ -241,8 +237,7 @@ class SRRL(_Translated):
         raise ValueError(f'{self} compares one pair, the activations before the classifier, not {n_s} with {n_t}')
 
     def bring(self, student, teacher):
-        square = self.square and all(o.ndim != 4 or o.shape[2] in (o.shape[1], o.shape[3]) for o in (student, teacher))
-        return channels_first(student, square), channels_first(teacher, square) # pooled later: sizes may differ
+        return both_channels_first(student, teacher, self.square) # pooled later: sizes may differ
 
     def make_learned(self, probe):
         [(student, teacher)] = self.pairs(probe.fm_s, probe.fm_t)
