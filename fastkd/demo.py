@@ -117,7 +117,7 @@ class Experiment:
 
 EXPERIMENTS = dict(
     digits=Experiment(digits, partial(convnet, 16, 8), partial(mlp, 64), n_labels=10, n_seeds=20, bs=50, teacher_epochs=12,
-        student_epochs=20, teacher_lr=1e-2, lr=2e-2, T=4., weight=.9, augment=dict(degrees=12., scale=.1, shift=1.), passes=12),
+        student_epochs=16, teacher_lr=1e-2, lr=2e-2, T=4., weight=.9, augment=dict(degrees=12., scale=.1, shift=1.), passes=12),
     fashion_mnist=Experiment(fashion_mnist, partial(convnet, 64, 28), partial(convnet, 9, 28), n_labels=300, n_seeds=3, T=2., lr=5e-3,
         bs=128, teacher_epochs=40, student_epochs=40, teacher_lr=5e-3, weight=.9, augment=dict(shift=2, flip=True), augment_student=False))
 
