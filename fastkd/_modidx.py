@@ -67,6 +67,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'fastkd/callback.py'),
                                  'fastkd.callback.KnowledgeDistillationCallback._teacher_metrics': ( 'callback.html#knowledgedistillationcallback._teacher_metrics',
                                                                                                      'fastkd/callback.py'),
+                                 'fastkd.callback.KnowledgeDistillationCallback._warn_once': ( 'callback.html#knowledgedistillationcallback._warn_once',
+                                                                                               'fastkd/callback.py'),
                                  'fastkd.callback.KnowledgeDistillationCallback._watch': ( 'callback.html#knowledgedistillationcallback._watch',
                                                                                            'fastkd/callback.py'),
                                  'fastkd.callback.KnowledgeDistillationCallback.after_batch': ( 'callback.html#knowledgedistillationcallback.after_batch',

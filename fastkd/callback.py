@@ -87,7 +87,7 @@ def _check_parts(self:KnowledgeDistillationCallback):
             raise ValueError(f"{part} compares activations, and no layers are named: pass activations_student=['…'] and "
                 f"activations_teacher=['…']; `match_feature_layers(student, teacher, x)` suggests pairs")
         if self.mask is not None and part.wants_layers and 'mask' not in part.wants:
-            warnings.warn(f'{part} compares whole activations: mask= leaves nothing out of it', stacklevel=2)
+            self._warn_once(f'mask {part.name}', f'{part} compares whole activations: mask= leaves nothing out of it')
         if part.wants.get('index') and not _numbered(self.learn.dls.train):
             raise ValueError(f'{part} needs the positions of samples in the dataset, which these loaders do not supply')
 
@@ -477,8 +477,12 @@ def _advise(self:KnowledgeDistillationCallback, task, parts, given):
             with self.loss.setting(factors): said |= quiet_parts(self._left_for_task(weight)*task, parts, self.loss, weight, params, scale)
         except RuntimeError: pass # some graphs can be walked only by `backward`, such as reentrant checkpoints
     for key, message in said.items():
-        if message and key not in self._warned: warnings.warn(message, stacklevel=2)
-        if message: self._warned.add(key)
+        if message: self._warn_once(key, message)
+
+@patch
+def _warn_once(self:KnowledgeDistillationCallback, key, message):
+    if key not in self._warned: warnings.warn(message, stacklevel=3)
+    self._warned.add(key)
 
 # %% ../nbs/30_callback.ipynb #00f03391
 @patch

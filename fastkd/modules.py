@@ -90,7 +90,9 @@ def missing_layer(
 ) -> ValueError: # To be raised
     "The error for a layer without output: there is none of that name, or it did not run"
     if get_module_by_name(model, name) is not None: return ValueError(f"{side} layer '{name}' did not run in the {side}'s forward pass")
-    return ValueError(f"the {side} has no layer '{name}'; nearest: {', '.join(nearest_names(model, name)) or 'none'}")
+    if near := nearest_names(model, name): return ValueError(f"the {side} has no layer '{name}'; nearest: {', '.join(near)}")
+    names = ', '.join(get_model_layers(model)[:5])
+    return ValueError(f"the {side} has no layer '{name}'; its layers: {names}, …, all of them by get_model_layers({side})")
 
 # %% ../nbs/00_modules.ipynb #365d9589
 def _field(output, name):

@@ -129,11 +129,10 @@ THREE = [([(2, 2, 5, 3), (2, 3, 2, 2), (2, 2)], [(2, 3, 4, 5), (2, 2, 3, 2), (2,
 LONE  = [((3, 2, 3, 3), (3, 3, 3, 3)), ([(1, 2, 2, 2), (1, 3)], [(1, 2, 2, 2), (1, 2)])] # one stage; one value per channel
 
 learner = partial(Case, at_equal=None, learns=True)
-mgd = partial(learner)
 
 CASES = [learner(VID(), vid, MAPS + VECTORS), learner(FactorTransfer(), factor_transfer, MAPS + VECTORS),
     Case(FactorTransfer(rate=None), lambda g: factor_transfer(g, None), [MAPS[0], ((3, 4, 5, 2), (3, 4, 2, 3)), ((1, 2), (1, 2))]),
-    mgd(MaskedGenerative(), masked_generative, MAPS), learner(ReviewKD(), review, TWO + THREE + LONE),
-    mgd(MaskedGenerative(ratio=.4, mask='channel'), lambda g: masked_generative(g, .4, 'channel'), MAPS + VECTORS),
+    learner(MaskedGenerative(), masked_generative, MAPS), learner(ReviewKD(), review, TWO + THREE + LONE),
+    learner(MaskedGenerative(ratio=.4, mask='channel'), lambda g: masked_generative(g, .4, 'channel'), MAPS + VECTORS),
     learner(SRRL('fc'), srrl, OF_THREE, extra=two_classes, probe=dict(teacher_module=lambda name: HEAD)),
     learner(AdversarialFeatures(), adversarial, MAPS + VECTORS, opposed=('student', 'adapter'))]

@@ -65,6 +65,7 @@ def test_unequal_lists(make):
 @pytest.mark.parametrize('layers,said', [(('blok2', 'block2'), "the student has no layer 'blok2'; nearest: block2"),
     (('block2', 'blok2'), "the teacher has no layer 'blok2'; nearest: block2"),
     (('block2.7', 'block2'), "the student has no layer 'block2.7'"),
+    (('zzz', 'block2'), "the student has no layer 'zzz'; its layers: block1, block1.0, block1.1, block1.2, pool, …, all of them by"),
     ((['block1', 'heda'], ['block1', 'head']), "the student has no layer 'heda'; nearest: head")], ids=str)
 def test_wrong_name(layers, said): assert said in error_of(ValueError, learner(), KD(trained_teacher(), Attention, *layers))
 

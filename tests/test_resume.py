@@ -3,7 +3,7 @@ import copy, io, pickle, pytest, torch
 from fastai.basics import load_learner, params
 from fastkd.all import *
 from fastkd.losses.core import Loss
-from helpers import At, convnet, fitted, learner, named_learner, quiet, same, seeded, trained_teacher, weights
+from helpers import At, convnet, fitted, learner, named_learner, quiet, raising, same, seeded, trained_teacher, weights
 from torch import nn
 
 def KD(*args, **kwargs): return KnowledgeDistillationCallback(*args, **kwargs)
@@ -20,7 +20,11 @@ class Projected(Loss):
 
 def projected(): return KD(trained_teacher(), seeded(Projected))
 
-each_kind = pytest.mark.parametrize('make', [fitnet, projected])
+def with_banks(): return KD(trained_teacher(), CRD(dim=4, negatives=8, form='nce'), 'block2', 'block2', task_weight=1.)
+def with_queue(): return KD(trained_teacher(), CRD(dim=4, negatives=40), 'block2', 'block2', task_weight=1.)
+def with_masks(): return KD(trained_teacher(), MaskedGenerative(), 'block2', 'block2', weight=1e-3, task_weight=1.)
+
+each_kind = pytest.mark.parametrize('make', [fitnet, projected, with_banks, with_queue, with_masks])
 
 def learned(cb):
     "Everything in `cb.state_dict()` as a flat dict of tensors"
@@ -168,6 +172,17 @@ def test_lr_find(make, n_fits, tmp_path):
     for learn, cb in plain, found: fitted(learn)
     assert same(weights(plain[0].model), weights(found[0].model)) and same(learned(plain[1]), learned(found[1]))
     assert plain[0].recorder.values == found[0].recorder.values
+
+@each_kind
+def test_lr_find_that_fails(make, tmp_path):
+    "Leaves what was learned before as it was, too"
+    learn, cb = learner(path=tmp_path), make()
+    fitted(learn, cb)
+    before = learned(cb)
+    learn.add_cbs([cb, At('after_step', raising(KeyboardInterrupt), nth=3)])
+    with pytest.raises(KeyboardInterrupt): learn.lr_find(num_it=8, show_plot=False)
+    cb.cleanup()
+    assert same(learned(cb), before)
 
 def test_lr_find_does_not_use_up_a_schedule(tmp_path):
     cb, learn = KD(trained_teacher(), SoftTarget, schedule=lin, span=2), learner(path=tmp_path)

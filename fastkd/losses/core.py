@@ -98,7 +98,8 @@ class Loss(nn.Module):
         "Settings that are numbers, and those that are not the default"
         params = list(inspect.signature(type(self).__init__).parameters.values())[1:]
         settings = {p.name: getattr(self, p.name, p.default) for p in params}
-        shown = [f'{p.name}={settings[p.name]!r}' for p in params if type(p.default) in (int, float) or settings[p.name] != p.default]
+        said = lambda value: getattr(value, '__name__', repr(value)) # a function by its name, not by where it stands in memory
+        shown = [f'{p.name}={said(settings[p.name])}' for p in params if type(p.default) in (int, float) or settings[p.name] != p.default]
         return f"{type(self).__name__}({', '.join(shown)})"
 
 # %% ../../nbs/10_losses.core.ipynb #5129ccc2
