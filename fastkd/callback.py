@@ -20,15 +20,22 @@ from fastai.callback.mixup import MixHandler
 from fastai.torch_core import no_random
 from fastcore.basics import detuplify, listify, patch
 from torch import Tensor, nn
-from .advice import quiet_parts, teacher_at_chance
+from .advice import classes_that_coexist, quiet_parts, teacher_at_chance
 from .learned import LearnedParts, broadcast
 from .learners import from_learner
-from .losses.core import Loss, Mixed, Probe, as_sum, loss_name
+from .losses.core import Loss, Mixed, Probe, Sum, as_sum, loss_name
 from .modules import Captures, evaluating, logits, missing_layer, reset_state, unwrap_model
 from .schedules import as_schedules, check_curve, scheduled_value
 from .teachers import Frozen, Teacher
 
 # %% ../nbs/30_callback.ipynb #07ea4187
+def _check_kind(teacher):
+    "Raise a TypeError unless `teacher` can teach"
+    if isinstance(teacher, (nn.Module, Learner, Teacher)) and not isinstance(teacher, (Loss, Sum)): return
+    said = getattr(teacher, '__name__', type(teacher).__name__)
+    raise TypeError(f'the teacher comes first, a module, a Learner or a Teacher, and not {said}: '
+        'KnowledgeDistillationCallback(teacher, loss)')
+
 class KnowledgeDistillationCallback(Callback):
     "Blend what a teacher says into the loss of every training batch"
     order, run_valid = 5, False
@@ -47,7 +54,7 @@ class KnowledgeDistillationCallback(Callback):
         span:int=None, # Epochs over which schedules run, across several fits (`fine_tune` makes two); by default each fit on its own
         teacher_metrics=False, # Show the teacher on the training batches: True for the learner's metrics, or a list of metric functions
     ):
-        if teacher is None: raise TypeError('the teacher is None')
+        _check_kind(teacher)
         students, teachers, self.loss = listify(activations_student), listify(activations_teacher), as_sum(loss)
         self.loss = self.loss.without_learned() # what is learned here is the callback's, and the user's loss can be used again
         if students or teachers: self.loss = self.loss.on(students, teachers)
@@ -96,9 +103,9 @@ def _check_parts(self:KnowledgeDistillationCallback):
 def _as_teacher(self:KnowledgeDistillationCallback):
     "Whatever was passed as teacher, on the student's device"
     teacher, settings = self.teacher, (self.logits, self.teacher_input, self.teacher_dtype)
+    _check_kind(teacher)
     if isinstance(teacher, Learner): teacher = from_learner(teacher, self.learn, *settings, axis=self._axis())
     elif isinstance(teacher, nn.Module): teacher = Frozen(teacher, *settings)
-    elif not isinstance(teacher, Teacher): raise TypeError(f'a teacher is a module, a Learner or a Teacher, not a {type(teacher).__name__}')
     elif settings != (logits, None, None):
         raise ValueError(f'{teacher} has settings of its own: give it logits, teacher_input and teacher_dtype')
     return teacher.to(next(self.learn.model.parameters()).device)
@@ -468,6 +475,7 @@ def before_backward(self:KnowledgeDistillationCallback):
 def _advise(self:KnowledgeDistillationCallback, task, parts, given):
     "Warn once of a teacher at chance and of parts that do nothing"
     said = dict(chance=teacher_at_chance(given['teacher_pred'], given['target'], self._mask(), self._fit.axis))
+    said |= classes_that_coexist(given['target'], given['teacher_pred'], self.loss, self._fit.axis)
     factors = dict(self._fit.peaks)
     weight = factors.pop('weight')
     if weight > 0 and not _is_compiled(self.learn.model): # a compiled graph can be walked only once

@@ -34,8 +34,9 @@ def matching_columns(
     if names_s is None or names_t is None or names_s == names_t: return None
     only_s, only_t = [n for n in names_s if n not in names_t], [n for n in names_t if n not in names_s]
     if only_s or only_t or len(names_s) != len(names_t):
-        raise ValueError(f'student and teacher were made for other classes ({len(names_s)} and {len(names_t)}): only the student has '
-            f'{only_s[:5]}, only the teacher {only_t[:5]}')
+        said = lambda names: ', '.join(f'{name} ({type(name).__name__})' for name in names[:5]) or 'none of its own'
+        raise ValueError(f'student and teacher were made for other classes ({len(names_s)} and {len(names_t)}): the student has '
+            f'{said(only_s)}; the teacher has {said(only_t)}')
     return torch.tensor([names_t.index(name) for name in names_s])
 
 # %% ../nbs/22_learners.ipynb #79706266

@@ -241,7 +241,10 @@ def _layer_shapes(model, xb):
         if isinstance(output, Tensor) and output.ndim > 1: shapes[named[module]] = tuple(output.shape)
     device = next(model.parameters()).device
     with no_random(reproducible=False), evaluating(model), torch.no_grad(), Hooks(list(named), record, detach=False):
-        model(*[x.to(device) for x in xb])
+        try: model(*[x.to(device) for x in xb])
+        except (TypeError, RuntimeError) as e:
+            raise ValueError(f'{type(model).__name__} does not run on inputs of shape {[tuple(x.shape) for x in xb]}; '
+                f'inputs come without labels, as in `dls.one_batch()[0]`: {e}') from e
     return shapes
 
 # %% ../nbs/00_modules.ipynb #1b4efb13
@@ -293,7 +296,7 @@ def _pairs_by_depth(few, many):
 def match_feature_layers(
     student, # Student model (plain or wrapped) or its `Learner`
     teacher, # Teacher model (plain or wrapped) or its `Learner`
-    sample_input, # One batch of inputs: a tensor, or a tuple for models with several inputs
+    sample_input, # One batch of inputs, without labels: a tensor, or a tuple for models with several inputs
 ) -> dict: # `student` and `teacher`: lists of names, pair by pair; `unmatched`: a dict with what is left of either side
     "Pair the stages of two models by spatial resolution, or by relative depth where resolutions do not tell"
     xb = (sample_input,) if isinstance(sample_input, Tensor) else tuple(sample_input)

@@ -1,6 +1,6 @@
 "What the callback computes, against hand-written training and hand computations."
 import math, pytest, torch, torch.nn.functional as F, warnings
-from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, SGD, params
+from fastai.basics import BCEWithLogitsLossFlat, CrossEntropyLossFlat, DataLoaders, Learner, SGD, params
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import SchedLin
 from fastai.metrics import accuracy, top_k_accuracy
@@ -424,6 +424,16 @@ def test_ignored_labels_are_no_chance():
     model = nn.Sequential(nn.Embedding(20, 4), nn.Linear(4, 2))
     learn = quiet(Learner(loaders(list(zip(x, y)), bs=32), model, CrossEntropyLossFlat(axis=-1)))
     assert messages(learn, KD(teacher, SoftTarget)) == []
+
+@pytest.mark.parametrize('loss,quiet_about_it', [(SoftTarget, False), (DIST, False), (HardLabel, False), (BinaryKD, True), (Logits, True)])
+def test_labels_that_coexist(loss, quiet_about_it):
+    "A softmax over classes that do not exclude each other is worth a warning that names the loss to take"
+    x = torch.randn(64, 6)
+    y = (x[:, :3] > 0).float()
+    learn = quiet(Learner(loaders(list(zip(x, y)), bs=32), nn.Linear(6, 3), BCEWithLogitsLossFlat()))
+    said = [message for message in messages(learn, KD(nn.Linear(6, 3), loss)) if 'softmax distributions' in message]
+    assert len(said) == (0 if quiet_about_it else 1)
+    assert quiet_about_it or 'take BinaryKD(T=2) for multi-label models' in said[0]
 
 def test_attention_at_half_on_resnets():
     "Values of attention are small: the usual factor is 1000"

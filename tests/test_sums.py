@@ -105,6 +105,18 @@ def test_unequal_layers():
     message = r"2 student layers \['a', 'b'\] and 1 teacher layers \['a'\] do not pair"
     with pytest.raises(ValueError, match=message): Attention().on(['a', 'b'], 'a')
 
+@pytest.mark.parametrize('layers,said', [(('a', None), r"student layers \['a'\] have no partners: name teacher layers, too"),
+    ((None, 'a'), r"teacher layers \['a'\] have no partners: name student layers, too")])
+def test_layers_of_one_side(layers, said):
+    with pytest.raises(ValueError, match=said): Attention().on(*layers)
+
+def test_unknown_setting():
+    with pytest.raises(TypeError, match='SoftTarget has no setting temperature; its settings: T, standardize'): SoftTarget(temperature=4)
+    with pytest.raises(TypeError, match='Logits has no setting p; its settings: none'): as_sum(partial(Logits, p=2))
+
+def test_functions_with_other_parameters():
+    with pytest.raises(TypeError, match='mse_loss asks for input.*called by one that does: `lambda pred, teacher_pred'): as_sum(nn.MSELoss())
+
 def test_pick():
     given = dict(a=1, b=2)
     assert pick(given, ['b', 'a', 'b', 'b']) == {'b': 2, 'a': 1, 'b#2': 2, 'b#3': 2}
@@ -194,7 +206,7 @@ class NeedsSettings(Loss):
     def forward(self, pred): return pred.mean()*self.width
 
 def test_as_sum_refuses():
-    with pytest.raises(TypeError, match="settings that have no default is passed as an instance: .*'width'"): as_sum(NeedsSettings)
+    with pytest.raises(TypeError, match="NeedsSettings cannot be made from its class alone, so pass an instance: .*'width'"): as_sum(NeedsSettings)
     with pytest.raises(TypeError, match='several losses are added'): as_sum([SoftTarget(), Attention()])
     for wrong in ('SoftTarget', 4, None, tensor(1.)):
         with pytest.raises(TypeError, match='a loss is a callable that returns a scalar, not'): as_sum(wrong)

@@ -73,6 +73,7 @@ def page_links(target):
 
 _re_image  = re.compile(r'!\[\w+\](\(nbs/images/readme_(\d+)_\d+\.\w+\))')
 _re_blanks = re.compile(r'\n{3,}')
+_re_anchor = re.compile(r'(\(nbs/[\w.]+\.ipynb)#[^)\s]+')
 
 def readme():
     "The files that the index notebook makes: README.md and the pictures in its outputs, bytes by path"
@@ -82,7 +83,8 @@ def readme():
     exporter = MarkdownExporter(config=dict(TagRemovePreprocessor=dict(enabled=True, remove_input_tags=['remove-input'])))
     text,made = exporter.from_notebook_node(nb, dict(output_files_dir='nbs/images', unique_key='readme'))
     def described(m): return f'![{nb.cells[int(m[2])].metadata.mystnb.image.alt}]{m[1]}'
-    text = '\n'.join(line.rstrip() for line in _re_image.sub(described, text).strip().splitlines()) + '\n'
+    text = _re_anchor.sub(r'\1', _re_image.sub(described, text)) # notebooks are shown in frames that anchors do not reach
+    text = '\n'.join(line.rstrip() for line in text.strip().splitlines()) + '\n'
     return {'README.md': _re_blanks.sub('\n\n', text).encode(), **made['outputs']}
 
 def write_readme():

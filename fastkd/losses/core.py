@@ -37,7 +37,8 @@ def wanted_inputs(
     params = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters.values()
     named = {p.name: p.default is p.empty for p in params if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     if unknown := [name for name, required in named.items() if required and name not in INPUTS]:
-        raise TypeError(f"{loss_name(loss)} asks for {', '.join(unknown)}; a loss can ask for {', '.join(INPUTS)}")
+        raise TypeError(f"{loss_name(loss)} asks for {', '.join(unknown)}; a loss can ask for {', '.join(INPUTS)}. Any other function is "
+            'called by one that does: `lambda pred, teacher_pred: mse(pred, teacher_pred)`')
     takes_all = any(p.kind is p.VAR_KEYWORD for p in params)
     return {name: named.get(name, False) for name in INPUTS if takes_all or name in named}
 
@@ -60,6 +61,9 @@ class Loss(nn.Module):
             settings = ', '.join(f'{name}=…' for name in list(inspect.signature(cls.__init__).parameters)[1:2])
             inputs = ', '.join(p.name for p in list(inspect.signature(cls.forward).parameters.values())[1:] if p.default is p.empty)
             raise TypeError(f"settings go into the constructor and tensors into the call: {cls.__name__}({settings})({inputs})")
+        known = list(inspect.signature(cls.__init__).parameters)[1:]
+        if unknown := [name for name in kwargs if name not in known]:
+            raise TypeError(f"{cls.__name__} has no setting {', '.join(unknown)}; its settings: {', '.join(known) or 'none'}")
         return super().__new__(cls)
 
     def __init__(self):
@@ -363,8 +367,8 @@ def same_positions(
     if student.shape[2:] == teacher.shape[2:]: return student, teacher
     if student.ndim != teacher.ndim or student.ndim == 3:
         student, teacher = (to_square(o) if o.ndim == 3 else o for o in (student, teacher))
-    comparable = student.ndim == teacher.ndim and student.ndim in (4, 5)
-    if not comparable: raise ValueError('these layouts have no positions in common')
+    comparable, shapes = student.ndim == teacher.ndim and student.ndim in (4, 5), (tuple(student.shape), tuple(teacher.shape))
+    if not comparable: raise ValueError('%s and %s, with channels second, have no positions in common' % shapes)
     size = [min(sizes) for sizes in zip(student.shape[2:], teacher.shape[2:])]
     pool = F.adaptive_avg_pool2d if len(size) == 2 else F.adaptive_avg_pool3d
     return tuple(o if list(o.shape[2:]) == size else pool(o, size) for o in (student, teacher))
@@ -434,6 +438,8 @@ class Part:
     def check_layers(self, students, teachers):
         try: getattr(self.loss, 'matched', PairLoss().matched)(len(students), len(teachers))
         except ValueError as e:
+            if not teachers: raise ValueError(f'{self}: student layers {students} have no partners: name teacher layers, too') from e
+            if not students: raise ValueError(f'{self}: teacher layers {teachers} have no partners: name student layers, too') from e
             sides = f'{len(students)} student layers {students} and {len(teachers)} teacher layers {teachers}'
             raise ValueError(f'{self}: {sides} do not pair' + (f': {e}' if len(students) == len(teachers) else '')) from e
 
@@ -544,10 +550,10 @@ def as_sum(
 ) -> Sum: # Parts with factors and layers
     "Bring every way of naming a loss into one form"
     if isinstance(loss, Sum): return loss
-    is_class = inspect.isclass(loss.func if isinstance(loss, partial) else loss)
-    if is_class:
+    cls = loss.func if isinstance(loss, partial) else loss
+    if inspect.isclass(cls):
         try: loss = loss()
-        except TypeError as e: raise TypeError(f'a loss with settings that have no default is passed as an instance: {e}') from e
+        except TypeError as e: raise TypeError(f'{cls.__name__} cannot be made from its class alone, so pass an instance: {e}') from e
     if isinstance(loss, (list, tuple)): raise TypeError('several losses are added: SoftTarget() + 1000*Attention()')
     if not callable(loss): raise TypeError(f'a loss is a callable that returns a scalar, not {loss!r}')
     return Sum([Part(loss)])

@@ -25,7 +25,8 @@ def _needs(cls):
     "What a loss of this class cannot do without, in words"
     params = inspect.signature(cls.forward).parameters
     needed = [word for name, word in NEEDS.items() if name in params and params[name].default is inspect.Parameter.empty]
-    return ', '.join(dict.fromkeys(needed))
+    settings = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    return ', '.join(dict.fromkeys(needed + [f'{p.name}=' for p in settings if p.default is p.empty]))
 
 def _facts(cls, kind):
     "What a class says about itself"
