@@ -93,7 +93,8 @@ def test_other_class_count():
 
 def test_not_a_teacher():
     said = 'the teacher comes first, a module, a Learner or a Teacher, and not '
-    for wrong, name in ({}, 'dict'), (None, 'NoneType'), (SoftTarget, 'SoftTarget'), (SoftTarget(), 'SoftTarget'), (lambda x: x, '<lambda>'):
+    wrong_ones = {'dict': {}, 'NoneType': None, 'SoftTarget': SoftTarget, 'PKT': PKT(), '<lambda>': lambda x: x}
+    for name, wrong in wrong_ones.items():
         with pytest.raises(TypeError, match=said + name): KD(wrong, SoftTarget)
     with pytest.raises(TypeError, match=said): KD(2*SoftTarget(), trained_teacher())
 
