@@ -23,15 +23,6 @@ def KD(*args, **kwargs): return KnowledgeDistillationCallback(*args, **kwargs)
 def student(p=0., **kwargs): return learner(seeded(convnet, 4, p), **kwargs)
 def steady_student(): return learner(opt_func=SGD) # Adam would turn a rounding error of a gradient that is 0 into a step
 
-@pytest.mark.parametrize('p', [0., .3])
-def test_hundred_steps_of_soft_target(p):
-    found, expected = student(p), student(p)
-    fitted(found, KD(trained_teacher(), SoftTarget(T=4), weight=.7), n_epoch=25)
-    fitted(expected, ByHand(trained_teacher(), lambda pred, teacher_pred, *fms: soft_target(pred, teacher_pred, 4.), .7), n_epoch=25)
-    assert len(found.recorder.losses) == 100
-    assert furthest(weights(found.model), weights(expected.model)) < 1e-6
-    assert found.recorder.values[-1][1] == pytest.approx(expected.recorder.values[-1][1], abs=1e-6)
-
 def test_hundred_steps_of_a_sum():
     "Attention on two pairs, one of them with layers whose values the next layer overwrites"
     def by_hand(pred, teacher_pred, fm_s, fm_t):
@@ -78,21 +69,6 @@ def test_schedule_of_a_temperature_and_of_parts():
     assert found.recorder.distillation['T'] == pytest.approx([8 - 7*i/20 for i in range(20)])
     assert found.recorder.distillation['attention.factor'] == pytest.approx([500*i/20 for i in range(20)])
     assert (cb.loss.parts[0].loss.T, cb.loss.parts[1].loss.p, cb.loss.parts[1].factor) == (5, 2, 1) # given back
-
-def test_span_of_fine_tune():
-    "Both phases see one curve, and so do two runs of it"
-    seen, cb = [], KD(trained_teacher(), SoftTarget, weight=.8, schedule=cos, span=4)
-    learn = learner(splitter=lambda model: [params(model[:1]), params(model[1:])], cbs=cb)
-    note = At('after_batch', lambda learn: seen.append(learn.recorder.distillation['weight'][-1]) if learn.training else None, 6, 0)
-    for _ in range(2): learn.fine_tune(3, 1e-2, cbs=note)
-    curve = [.8*(1 - math.cos(math.pi*i/16))/2 for i in range(16)]
-    assert seen == pytest.approx(curve*2)
-
-def test_each_fit_on_its_own():
-    cb = KD(trained_teacher(), SoftTarget, schedule=lin)
-    learn = learner(cbs=cb)
-    curves = [fitted(learn, n_epoch=1).recorder.distillation['weight'] for _ in range(2)]
-    assert curves[0] == curves[1] == pytest.approx([0, .125, .25, .375])
 
 # ---- Weight 0
 

@@ -121,17 +121,6 @@ def test_teacher_of_another_dtype(dtype):
 
 # ---- Optimizers and groups
 
-def test_frozen_groups():
-    "An adapter on frozen layers learns; they do not"
-    cb, learn = fitnet(), learner(splitter=lambda model: [params(model[:3]), params(model[3:])], train_bn=False)
-    learn.freeze()
-    before = {name: p.detach().clone() for name, p in learn.model.named_parameters()}
-    with pytest.warns(UserWarning, match='No parameter that is trained has a gradient'): fitted(learn, cb)
-    moved = {name for name, p in learn.model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {'head.3.weight', 'head.3.bias'}
-    values = learn.recorder.distillation['fit_net_loss']
-    assert values[-1] < values[0]
-
 @pytest.mark.parametrize('kind', ['class', 'instance'])
 def test_torch_optimizers(kind):
     "A wrapped optimizer of torch gives the adapters one of the same kind, or AdamW where an instance is passed"
