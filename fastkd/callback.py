@@ -228,8 +228,9 @@ def _suffix(self:KnowledgeDistillationCallback):
 
 @patch
 def _mean(self:KnowledgeDistillationCallback, name):
-    "Mean of a column over this epoch's training batches so far"
-    if self._fit is None or name not in self._fit.sums: return None
+    "Mean of a column over this epoch's training batches so far; None where nothing was measured"
+    of_validation = not self.learn.training and self.learn.recorder.train_metrics # such a table shows training on its own
+    if self._fit is None or name not in self._fit.sums or of_validation: return None
     return self._fit.sums[name]/self._fit.n_batches
 
 # %% ../nbs/30_callback.ipynb #b59b21e6

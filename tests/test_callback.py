@@ -329,27 +329,6 @@ def test_ignored_batch(ignore, n):
     assert learn.recorder.distillation['distillation_loss'][0] == 0
     assert all(p.isfinite().all() for p in learn.model.parameters())
 
-def test_mixup_blends_both_labels():
-    "A loss that uses labels gets both sets, with the share of each sample"
-    class RightShare(LabelledResponseLoss):
-        "The student's probability of the label"
-        def rows(self, student, teacher, target): return student.softmax(1).gather(1, target[:, None])[:, 0]
-    mixup, seen = MixUp(), {}
-    def note(learn): seen.update(pred=learn.pred.detach(), y=learn.y, y1=mixup.yb1[0], lam=mixup.lam)
-    learn = student()
-    learn.fit(1, 0., cbs=[mixup, At('after_loss', note, 4), KD(trained_teacher(), RightShare())])
-    share = seen['pred'].softmax(1)
-    i = torch.arange(25)
-    expected = (share[i, seen['y']]*seen['lam'] + share[i, seen['y1']]*(1 - seen['lam'])).mean()
-    assert learn.recorder.distillation['distillation_loss'][0] == pytest.approx(float(expected), rel=1e-5)
-
-def test_teacher_sees_the_mixed_batch():
-    inputs, teacher = [], trained_teacher()
-    teacher.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    batches, note = [], At('after_pred', lambda learn: batches.append(learn.x) if learn.training else None, 99, 0)
-    fitted(student(), [MixUp(), note, KD(teacher, SoftTarget)], n_epoch=1)
-    assert len(inputs) == 5 and all(torch.equal(a, b) for a, b in zip(inputs[1:], batches))
-
 def test_recurrent_teacher_begins_anew_in_each_epoch():
     resets, teacher = [], trained_teacher()
     teacher.reset = lambda: resets.append(1)

@@ -16,8 +16,9 @@ def soft(**kwargs): return KD(trained_teacher(), SoftTarget, **kwargs)
 def gap(run, make=grouped):
     "How far a run with the callback ends from the same run with a callback written by hand"
     found, expected = make(), make()
-    run(started(found), soft())
-    run(started(expected), by_soft_target())
+    ours, by_hand = soft(), by_soft_target()
+    run(started(found), ours)
+    run(started(expected), by_hand)
     assert found.recorder.values and list(found.metrics.attrgot('name')) == ['accuracy'] and n_hooks(found.model) == 0
     for row, by_hand in zip(found.recorder.values, expected.recorder.values): assert list(row[:2]) == pytest.approx(list(by_hand[:2]), abs=1e-5)
     assert found.recorder.lrs == expected.recorder.lrs
@@ -178,12 +179,11 @@ def test_start_epoch():
     "Skipped epochs ask no teacher, and schedules begin where those epochs end."
     calls, teacher = [], trained_teacher()
     teacher.register_forward_hook(lambda *args: calls.append(1))
-    learn = student()
+    learn, expected, by_hand = student(), student(), by_soft_target(lambda pct: .5*pct)
     started(learn).fit(4, 1e-2, cbs=KD(teacher, SoftTarget, schedule=lin), start_epoch=2)
     assert len(calls) == 8 + 1 # and the probe
     assert learn.recorder.distillation['weight'] == pytest.approx([.5*(8 + i)/16 for i in range(8)])
-    expected = student()
-    started(expected).fit(4, 1e-2, cbs=by_soft_target(lambda pct: .5*pct), start_epoch=2)
+    started(expected).fit(4, 1e-2, cbs=by_hand, start_epoch=2)
     assert furthest(weights(learn.model), weights(expected.model)) < 1e-6
 
 # ---- Where the callback is
