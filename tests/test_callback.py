@@ -96,21 +96,6 @@ def test_weight_zero_still_measures():
 
 # ---- Columns
 
-def test_valid_loss_is_the_task_loss():
-    learn = fitted(student(), KD(trained_teacher(), SoftTarget() + 1000*Attention().on(BLOCKS, BLOCKS)))
-    assert list(learn.recorder.values[-1][1:3]) == pytest.approx(list(learn.validate()), abs=1e-6)
-
-def test_teacher_does_not_run_in_validation():
-    calls, teacher = [], trained_teacher()
-    teacher.register_forward_hook(lambda *args: calls.append(1))
-    learn = learner(cbs=KD(teacher, SoftTarget))
-    fitted(learn, n_epoch=1)
-    assert len(calls) == 5 # the probe and four batches
-    learn.validate()
-    learn.get_preds()
-    learn.predict(digits()[0])
-    assert len(calls) == 5
-
 def test_columns():
     "Names, order and values: means over the training batches of what a hand computation gives"
     seen = []
