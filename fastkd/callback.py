@@ -6,7 +6,7 @@
 __all__ = ['KnowledgeDistillationCallback', 'CheckpointCallback']
 
 # %% ../nbs/30_callback.ipynb #eb2916b0
-import copy, math, numpy as np, os, random, sys, warnings
+import copy, math, os, sys, warnings
 from contextlib import nullcontext
 from functools import partial, reduce
 from numbers import Number

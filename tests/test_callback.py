@@ -1,6 +1,6 @@
 "What the callback computes, against hand-written training and hand computations."
-import math, pytest, torch, torch.nn.functional as F, warnings
-from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, SGD, params
+import pytest, torch, torch.nn.functional as F, warnings
+from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, SGD
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import SchedLin
 from fastai.metrics import accuracy, top_k_accuracy

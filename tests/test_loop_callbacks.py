@@ -1,5 +1,5 @@
 "Together with fastai's own callbacks, and with callbacks that do what people's callbacks do."
-import copy, csv, pytest, torch, torch.nn.functional as F
+import copy, csv, pytest, torch
 from fastai.basics import Callback, OptimWrapper, SGD
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import AMPMode, MixedPrecision
@@ -10,8 +10,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip, ShortEp
 from fastai.losses import LabelSmoothingCrossEntropyFlat
 from fastkd.all import *
 from functools import partial
-from helpers import (At, OnCPU, by_soft_target, convnet, fitted, furthest, learner, same, seeded, shows, started, trained_teacher,
-    weights)
+from helpers import At, OnCPU, by_soft_target, convnet, fitted, furthest, learner, same, seeded, shows, started, trained_teacher, weights
 from learning import adapters
 from torch import nn
 

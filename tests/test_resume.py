@@ -1,8 +1,7 @@
 "What the losses learn: that they learn, that it can be saved, and that files of the learner know nothing of it."
-import copy, io, pickle, pytest, torch
-from fastai.basics import load_learner
+import io, pytest, torch
 from fastkd.all import *
-from helpers import convnet, fitted, learner, named_learner, quiet, same, seeded, trained_teacher, weights
+from helpers import convnet, fitted, learner, named_learner, same, seeded, trained_teacher, weights
 from learning import each_kind, fitnet, learned
 
 def KD(*args, **kwargs): return KnowledgeDistillationCallback(*args, **kwargs)
