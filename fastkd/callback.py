@@ -187,7 +187,8 @@ def before_fit(self:KnowledgeDistillationCallback):
         ready=False, advised=False, n_batches=0, sums={}, first=None, problem=None, blamed=None, before=None, suffix=self._suffix())
     if hasattr(self.learn, 'lr_finder'): self._fit.before = self.state_dict()
     if self.span and self._epochs_done >= self.span: self._epochs_done = 0
-    if _is_compiled(self.learn.model): torch._dynamo.reset() # what was traced before would not call our hooks
+    models = self.learn.model, *(o for o in vars(teacher).values() if isinstance(o, nn.Module))
+    if any(map(_is_compiled, models)): torch._dynamo.reset() # what was traced before would not call our hooks
     self._add_columns()
 
 def _is_compiled(model): return any('_orig_mod' in module._modules for module in model.modules())

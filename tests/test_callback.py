@@ -197,60 +197,6 @@ def test_teacher_stops_after_the_last_layer():
 
 # ---- Kinds of outputs, inputs and data
 
-class Wrapped(nn.Module):
-    "A model that returns its logits in a dict or tuple, with something before them"
-    def __init__(self, model, form): 
-        super().__init__()
-        self.model, self.form = model, form
-
-    def forward(self, x):
-        pred = self.model(x)
-        if self.form == 'dict': return dict(aux=pred.mean(), logits=pred)
-        return (pred, x) if self.form == 'tuple' else SimpleNamespace(logits=pred)
-
-@pytest.mark.parametrize('form', ['dict', 'tuple', 'object'])
-def test_outputs(form):
-    "The same training as with plain tensors"
-    def task(output, y): return F.cross_entropy(logits(output), y)
-    model = Wrapped(seeded(convnet, 4), form)
-    found = learner(model, loss_func=task, metrics=[])
-    fitted(found, KD(Wrapped(trained_teacher(), form), SoftTarget() + 10*Attention(), 'model.block2', 'model.block2'))
-    expected = learner(loss_func=F.cross_entropy, metrics=[])
-    fitted(expected, KD(trained_teacher(), SoftTarget() + 10*Attention(), 'block2', 'block2'))
-    assert same(weights(found.model.model), weights(expected.model))
-
-def test_logits_function():
-    "One that the user gives, for an output that nobody knows"
-    class Odd(Wrapped):
-        "The prediction is the last of three"
-        def forward(self, x): return x, x, self.model(x)
-    def last(output): return output[-1]
-    def task(output, y): return F.cross_entropy(output[-1], y)
-    found = learner(Odd(seeded(convnet, 4), None), loss_func=task, metrics=[])
-    fitted(found, KD(Odd(trained_teacher(), None), SoftTarget, logits=last))
-    expected = fitted(learner(loss_func=F.cross_entropy, metrics=[]), KD(trained_teacher(), SoftTarget))
-    assert same(weights(found.model.model), weights(expected.model))
-
-class TwoInputs(nn.Module):
-    "Adds two images"
-    def __init__(self, model): 
-        super().__init__()
-        self.model = model
-
-    def forward(self, a, b): return self.model(a + b)
-
-def two_inputs(model):
-    return quiet(Learner(loaders([(x/2, x/2, y) for x, y in digits()[:100]]), TwoInputs(model), CrossEntropyLossFlat(), metrics=accuracy))
-
-def test_several_inputs():
-    "Both reach a teacher of two inputs; `teacher_input` makes one of them for a teacher of one"
-    found = fitted(two_inputs(seeded(convnet, 4)), KD(TwoInputs(trained_teacher()), SoftTarget))
-    merged = fitted(two_inputs(seeded(convnet, 4)), KD(trained_teacher(), SoftTarget, teacher_input=lambda a, b: a + b))
-    assert same(weights(found.model), weights(merged.model))
-    calls = ByHand(trained_teacher(), lambda pred, teacher_pred, *fms: soft_target(pred, teacher_pred))
-    calls.teacher = TwoInputs(calls.teacher)
-    assert furthest(weights(found.model), weights(fitted(two_inputs(seeded(convnet, 4)), calls).model)) < 1e-6
-
 def test_batches_without_labels():
     "Are not ours to distil: nothing fails, and weights stay"
     learn = student()
@@ -314,13 +260,6 @@ def test_ignored_batch(ignore, n):
     assert learn.recorder.distillation['distillation_loss'][0] == 0
     assert all(p.isfinite().all() for p in learn.model.parameters())
 
-def test_recurrent_teacher_begins_anew_in_each_epoch():
-    resets, teacher = [], trained_teacher()
-    teacher.reset = lambda: resets.append(1)
-    learn = student()
-    learn.fit(3, cbs=KD(teacher, SoftTarget))
-    assert len(resets) == 4 # three epochs, and the probe
-
 # ---- Warnings
 
 def messages(learn, *cbs, n_fits=1):
@@ -376,35 +315,6 @@ def test_attention_at_half_on_resnets():
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
         learn.fit(1, cbs=cb)
-
-@pytest.mark.parametrize('use_reentrant', [False, True])
-@pytest.mark.filterwarnings('ignore:None of the inputs have requires_grad')
-def test_checkpointed_activations(use_reentrant):
-    "A student that computes its activations anew in the backward pass learns what a plain one learns"
-    class Checkpointed(nn.Module):
-        "Keeps nothing of `model[1:]`"
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-        def forward(self, x): return checkpoint(self.model[2:], self.model[1](self.model[0](x)), use_reentrant=use_reentrant)
-    found, expected = learner(Checkpointed(seeded(convnet, 4)), opt_func=SGD), steady_student()
-    fitted(found, KD(trained_teacher(), SoftTarget() + 1000*Attention(), 'model.block1', 'block1'))
-    fitted(expected, KD(trained_teacher(), SoftTarget() + 1000*Attention(), 'block1', 'block1'))
-    names = [name for name, _ in expected.model.named_parameters()] # batch norm sees batches twice
-    assert furthest(*({name: model.get_parameter(name) for name in names} for model in (found.model.model, expected.model))) < 1e-6
-
-# ---- Compiled students
-
-@pytest.mark.slow
-@pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
-def test_compiled_student(backend):
-    "A compiled model's layers are heard, and it learns what a plain one learns"
-    found, expected = student(), student()
-    found.model = torch.compile(found.model, backend=backend)
-    for learn in found, expected: fitted(learn, KD(trained_teacher(), SoftTarget() + 1000*Attention(), 'block2', 'block2'))
-    assert furthest(weights(found.model._orig_mod), weights(expected.model)) < 1e-5
-    assert float(found.recorder.distillation['attention_loss'][-1]) > 0
 
 def test_mask_that_nobody_uses():
     "Losses on whole activations cannot leave positions out, and say so"

@@ -102,5 +102,3 @@ def test_export_in_between_changes_nothing(make, tmp_path):
     exported[0].export()
     for learn, cb in plain, exported: fitted(learn, cb, seed=2)
     assert same(weights(plain[0].model), weights(exported[0].model)) and same(learned(plain[1]), learned(exported[1]))
-
-# ---- Export
