@@ -10,6 +10,9 @@ from functools import cache
 from sklearn.datasets import load_digits
 from torch import nn
 
+# one line that a user writes; notebook 40 makes a table of these lines and of the first lines of their tests' docstrings
+def shows(line): return lambda test: test
+
 @cache
 def digits():
     "Handwritten digits as (image, label) pairs"
@@ -73,11 +76,15 @@ def trained_teacher():
     model.load_state_dict(trained_state())
     return model
 
-def fitted(learn, cbs=None, n_epoch=2, lr=1e-2, seed=1):
-    "`learn`, trained from a known random state"
+def started(learn, seed=1):
+    "`learn`, about to be trained from a known random state"
     set_seed(seed)
     learn.dls.train.rng = random.Random(seed) # loaders shuffle by a state of their own
-    learn.fit(n_epoch, lr, cbs=cbs)
+    return learn
+
+def fitted(learn, cbs=None, n_epoch=2, lr=1e-2, seed=1):
+    "`learn`, trained from a known random state"
+    started(learn, seed).fit(n_epoch, lr, cbs=cbs)
     return learn
 
 def weights(model): return {name: value.clone() for name, value in model.state_dict().items()}
@@ -158,6 +165,8 @@ def attention(student, teacher):
     "Zagoruyko and Komodakis 2017, as in their code, for maps of one size"
     maps = [F.normalize(o.pow(2).mean(1).flatten(1)) for o in (student, teacher)]
     return (maps[0] - maps[1]).pow(2).mean()
+
+def by_soft_target(weight=.5): return ByHand(trained_teacher(), lambda pred, teacher_pred, *fms: soft_target(pred, teacher_pred), weight)
 
 class OnCPU(MixedPrecision):
     "fastai's mixed precision, which knows only CUDA, on a CPU"

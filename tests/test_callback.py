@@ -1,6 +1,6 @@
 "What the callback computes, against hand-written training and hand computations."
-import math, pytest, torch, torch.nn.functional as F, warnings
-from fastai.basics import BCEWithLogitsLossFlat, CrossEntropyLossFlat, DataLoaders, Learner, SGD, params
+import pytest, torch, torch.nn.functional as F, warnings
+from fastai.basics import BCEWithLogitsLossFlat, CrossEntropyLossFlat, DataLoaders, Learner, SGD
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import SchedLin
 from fastai.metrics import accuracy, top_k_accuracy
@@ -22,15 +22,6 @@ def KD(*args, **kwargs): return KnowledgeDistillationCallback(*args, **kwargs)
 
 def student(p=0., **kwargs): return learner(seeded(convnet, 4, p), **kwargs)
 def steady_student(): return learner(opt_func=SGD) # Adam would turn a rounding error of a gradient that is 0 into a step
-
-@pytest.mark.parametrize('p', [0., .3])
-def test_hundred_steps_of_soft_target(p):
-    found, expected = student(p), student(p)
-    fitted(found, KD(trained_teacher(), SoftTarget(T=4), weight=.7), n_epoch=25)
-    fitted(expected, ByHand(trained_teacher(), lambda pred, teacher_pred, *fms: soft_target(pred, teacher_pred, 4.), .7), n_epoch=25)
-    assert len(found.recorder.losses) == 100
-    assert furthest(weights(found.model), weights(expected.model)) < 1e-6
-    assert found.recorder.values[-1][1] == pytest.approx(expected.recorder.values[-1][1], abs=1e-6)
 
 def test_hundred_steps_of_a_sum():
     "Attention on two pairs, one of them with layers whose values the next layer overwrites"
@@ -79,21 +70,6 @@ def test_schedule_of_a_temperature_and_of_parts():
     assert found.recorder.distillation['attention.factor'] == pytest.approx([500*i/20 for i in range(20)])
     assert (cb.loss.parts[0].loss.T, cb.loss.parts[1].loss.p, cb.loss.parts[1].factor) == (5, 2, 1) # given back
 
-def test_span_of_fine_tune():
-    "Both phases see one curve, and so do two runs of it"
-    seen, cb = [], KD(trained_teacher(), SoftTarget, weight=.8, schedule=cos, span=4)
-    learn = learner(splitter=lambda model: [params(model[:1]), params(model[1:])], cbs=cb)
-    note = At('after_batch', lambda learn: seen.append(learn.recorder.distillation['weight'][-1]) if learn.training else None, 6, 0)
-    for _ in range(2): learn.fine_tune(3, 1e-2, cbs=note)
-    curve = [.8*(1 - math.cos(math.pi*i/16))/2 for i in range(16)]
-    assert seen == pytest.approx(curve*2)
-
-def test_each_fit_on_its_own():
-    cb = KD(trained_teacher(), SoftTarget, schedule=lin)
-    learn = learner(cbs=cb)
-    curves = [fitted(learn, n_epoch=1).recorder.distillation['weight'] for _ in range(2)]
-    assert curves[0] == curves[1] == pytest.approx([0, .125, .25, .375])
-
 # ---- Weight 0
 
 FEATURES = dict(response=lambda: KD(trained_teacher(), SoftTarget, weight=0.),
@@ -119,21 +95,6 @@ def test_weight_zero_still_measures():
     assert learn.recorder.distillation['distillation_loss'][0] > 0
 
 # ---- Columns
-
-def test_valid_loss_is_the_task_loss():
-    learn = fitted(student(), KD(trained_teacher(), SoftTarget() + 1000*Attention().on(BLOCKS, BLOCKS)))
-    assert list(learn.recorder.values[-1][1:3]) == pytest.approx(list(learn.validate()), abs=1e-6)
-
-def test_teacher_does_not_run_in_validation():
-    calls, teacher = [], trained_teacher()
-    teacher.register_forward_hook(lambda *args: calls.append(1))
-    learn = learner(cbs=KD(teacher, SoftTarget))
-    fitted(learn, n_epoch=1)
-    assert len(calls) == 5 # the probe and four batches
-    learn.validate()
-    learn.get_preds()
-    learn.predict(digits()[0])
-    assert len(calls) == 5
 
 def test_columns():
     "Names, order and values: means over the training batches of what a hand computation gives"
@@ -236,68 +197,6 @@ def test_teacher_stops_after_the_last_layer():
 
 # ---- Kinds of outputs, inputs and data
 
-class Wrapped(nn.Module):
-    "A model that returns its logits in a dict or tuple, with something before them"
-    def __init__(self, model, form): 
-        super().__init__()
-        self.model, self.form = model, form
-
-    def forward(self, x):
-        pred = self.model(x)
-        if self.form == 'dict': return dict(aux=pred.mean(), logits=pred)
-        return (pred, x) if self.form == 'tuple' else SimpleNamespace(logits=pred)
-
-@pytest.mark.parametrize('form', ['dict', 'tuple', 'object'])
-def test_outputs(form):
-    "The same training as with plain tensors"
-    def task(output, y): return F.cross_entropy(logits(output), y)
-    model = Wrapped(seeded(convnet, 4), form)
-    found = learner(model, loss_func=task, metrics=[])
-    fitted(found, KD(Wrapped(trained_teacher(), form), SoftTarget() + 10*Attention(), 'model.block2', 'model.block2'))
-    expected = learner(loss_func=F.cross_entropy, metrics=[])
-    fitted(expected, KD(trained_teacher(), SoftTarget() + 10*Attention(), 'block2', 'block2'))
-    assert same(weights(found.model.model), weights(expected.model))
-
-def test_logits_function():
-    "One that the user gives, for an output that nobody knows"
-    class Odd(Wrapped):
-        "The prediction is the last of three"
-        def forward(self, x): return x, x, self.model(x)
-    def last(output): return output[-1]
-    def task(output, y): return F.cross_entropy(output[-1], y)
-    found = learner(Odd(seeded(convnet, 4), None), loss_func=task, metrics=[])
-    fitted(found, KD(Odd(trained_teacher(), None), SoftTarget, logits=last))
-    expected = fitted(learner(loss_func=F.cross_entropy, metrics=[]), KD(trained_teacher(), SoftTarget))
-    assert same(weights(found.model.model), weights(expected.model))
-
-class TwoInputs(nn.Module):
-    "Adds two images"
-    def __init__(self, model): 
-        super().__init__()
-        self.model = model
-
-    def forward(self, a, b): return self.model(a + b)
-
-def two_inputs(model):
-    return quiet(Learner(loaders([(x/2, x/2, y) for x, y in digits()[:100]]), TwoInputs(model), CrossEntropyLossFlat(), metrics=accuracy))
-
-def test_several_inputs():
-    "Both reach a teacher of two inputs; `teacher_input` makes one of them for a teacher of one"
-    found = fitted(two_inputs(seeded(convnet, 4)), KD(TwoInputs(trained_teacher()), SoftTarget))
-    merged = fitted(two_inputs(seeded(convnet, 4)), KD(trained_teacher(), SoftTarget, teacher_input=lambda a, b: a + b))
-    assert same(weights(found.model), weights(merged.model))
-    calls = ByHand(trained_teacher(), lambda pred, teacher_pred, *fms: soft_target(pred, teacher_pred))
-    calls.teacher = TwoInputs(calls.teacher)
-    assert furthest(weights(found.model), weights(fitted(two_inputs(seeded(convnet, 4)), calls).model)) < 1e-6
-
-def test_batches_without_labels():
-    "Are not ours to distil: nothing fails, and weights stay"
-    learn = student()
-    before = weights(learn.model)
-    learn.fit(1, cbs=[KD(trained_teacher(), SoftTarget), At('before_batch', lambda learn: setattr(learn, 'yb', ()), nth=0)])
-    learned = {name: value for name, value in weights(learn.model).items() if 'running' not in name and 'num' not in name}
-    assert all(torch.equal(before[name], value) for name, value in learned.items())
-
 def masked_kl(pred, teacher_pred, keep, T):
     "Mean over the kept rows, written with loops"
     rows = [soft_target(s[None], t[None], T) for s, t, k in zip(pred, teacher_pred, keep) if k]
@@ -352,34 +251,6 @@ def test_ignored_batch(ignore, n):
     learn.fit(1, cbs=KD(seeded(tagger, 8), SoftTarget))
     assert learn.recorder.distillation['distillation_loss'][0] == 0
     assert all(p.isfinite().all() for p in learn.model.parameters())
-
-def test_mixup_blends_both_labels():
-    "A loss that uses labels gets both sets, with the share of each sample"
-    class RightShare(LabelledResponseLoss):
-        "The student's probability of the label"
-        def rows(self, student, teacher, target): return student.softmax(1).gather(1, target[:, None])[:, 0]
-    mixup, seen = MixUp(), {}
-    def note(learn): seen.update(pred=learn.pred.detach(), y=learn.y, y1=mixup.yb1[0], lam=mixup.lam)
-    learn = student()
-    learn.fit(1, 0., cbs=[mixup, At('after_loss', note, 4), KD(trained_teacher(), RightShare())])
-    share = seen['pred'].softmax(1)
-    i = torch.arange(25)
-    expected = (share[i, seen['y']]*seen['lam'] + share[i, seen['y1']]*(1 - seen['lam'])).mean()
-    assert learn.recorder.distillation['distillation_loss'][0] == pytest.approx(float(expected), rel=1e-5)
-
-def test_teacher_sees_the_mixed_batch():
-    inputs, teacher = [], trained_teacher()
-    teacher.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    batches, note = [], At('after_pred', lambda learn: batches.append(learn.x) if learn.training else None, 99, 0)
-    fitted(student(), [MixUp(), note, KD(teacher, SoftTarget)], n_epoch=1)
-    assert len(inputs) == 5 and all(torch.equal(a, b) for a, b in zip(inputs[1:], batches))
-
-def test_recurrent_teacher_begins_anew_in_each_epoch():
-    resets, teacher = [], trained_teacher()
-    teacher.reset = lambda: resets.append(1)
-    learn = student()
-    learn.fit(3, cbs=KD(teacher, SoftTarget))
-    assert len(resets) == 4 # three epochs, and the probe
 
 # ---- Warnings
 
@@ -446,35 +317,6 @@ def test_attention_at_half_on_resnets():
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
         learn.fit(1, cbs=cb)
-
-@pytest.mark.parametrize('use_reentrant', [False, True])
-@pytest.mark.filterwarnings('ignore:None of the inputs have requires_grad')
-def test_checkpointed_activations(use_reentrant):
-    "A student that computes its activations anew in the backward pass learns what a plain one learns"
-    class Checkpointed(nn.Module):
-        "Keeps nothing of `model[1:]`"
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-        def forward(self, x): return checkpoint(self.model[2:], self.model[1](self.model[0](x)), use_reentrant=use_reentrant)
-    found, expected = learner(Checkpointed(seeded(convnet, 4)), opt_func=SGD), steady_student()
-    fitted(found, KD(trained_teacher(), SoftTarget() + 1000*Attention(), 'model.block1', 'block1'))
-    fitted(expected, KD(trained_teacher(), SoftTarget() + 1000*Attention(), 'block1', 'block1'))
-    names = [name for name, _ in expected.model.named_parameters()] # batch norm sees batches twice
-    assert furthest(*({name: model.get_parameter(name) for name in names} for model in (found.model.model, expected.model))) < 1e-6
-
-# ---- Compiled students
-
-@pytest.mark.slow
-@pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
-def test_compiled_student(backend):
-    "A compiled model's layers are heard, and it learns what a plain one learns"
-    found, expected = student(), student()
-    found.model = torch.compile(found.model, backend=backend)
-    for learn in found, expected: fitted(learn, KD(trained_teacher(), SoftTarget() + 1000*Attention(), 'block2', 'block2'))
-    assert furthest(weights(found.model._orig_mod), weights(expected.model)) < 1e-5
-    assert float(found.recorder.distillation['attention_loss'][-1]) > 0
 
 def test_mask_that_nobody_uses():
     "Losses on whole activations cannot leave positions out, and say so"
