@@ -17,7 +17,7 @@ import torch, torch.nn.functional as F
 from fastai.basics import AvgMetric, Callback, DataLoader, Learner, Recorder, ValueMetric, apply, mk_metric
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
-from fastai.torch_core import no_random
+from fastai.torch_core import find_bs, find_device, no_random
 from fastcore.basics import detuplify, listify, patch
 from torch import Tensor, nn
 from .advice import quiet_parts, teacher_at_chance
@@ -156,10 +156,10 @@ def _numbered(dl): return isinstance(dl, DataLoader) and dl.indexed
 @patch
 def _index(self:KnowledgeDistillationCallback):
     "Positions of the batch's samples in the dataset, in the order in which fastai's loader drew them; None with other loaders"
-    dl, n = self.learn.dl, len(self.learn.xb[0])
+    dl, xb = self.learn.dl, self.learn.xb
     if not _numbered(dl): return None
     start = self.learn.iter*dl.bs
-    return torch.as_tensor(list(dl._DataLoader__idxs[start:start + n])).to(self.learn.xb[0].device, non_blocking=True)
+    return torch.as_tensor(list(dl._DataLoader__idxs[start:start + find_bs(xb)])).to(find_device(xb), non_blocking=True)
 
 # %% ../nbs/30_callback.ipynb #ea107a4a
 def _inside_fit(learn):

@@ -1,9 +1,11 @@
 "What the losses learn: that they learn, that it can be saved, and that files of the learner know nothing of it."
 import copy, io, pickle, pytest, torch
-from fastai.basics import load_learner, params
+from fastai.basics import CancelStepException, SGD, load_learner, params
+from fastai.callback.training import GradientClip
 from fastkd.all import *
 from fastkd.losses.core import Loss
-from helpers import At, convnet, fitted, learner, named_learner, quiet, raising, same, seeded, trained_teacher, weights
+from functools import partial
+from helpers import At, OnCPU, convnet, fitted, learner, named_learner, quiet, raising, same, seeded, trained_teacher, weights
 from torch import nn
 
 def KD(*args, **kwargs): return KnowledgeDistillationCallback(*args, **kwargs)
@@ -84,6 +86,30 @@ def test_nothing_of_it_is_in_the_student():
     fitted(learn)
     assert weights(learn.model).keys() == weights(convnet(4)).keys()
     assert [len(group) for group in learn.opt.param_lists] == [len(list(learn.model.parameters()))]
+
+# ---- With the student's steps
+
+def numbers(cb): return {name: p.detach().clone() for name, p in cb.loss.named_parameters()}
+
+def test_a_cancelled_step_is_no_step():
+    "A step that another callback cancels for the student is none of the adapters, and its gradient is not added to the next"
+    def run(*cbs):
+        cb, learn, seen = fitnet(), learner(opt_func=partial(SGD, mom=0.)), []
+        note = At('before_backward', lambda learn: seen.append((numbers(cb), weights(learn.model)['head.3.weight'])), nth=0)
+        fitted(learn, [cb, note, *cbs], n_epoch=1)
+        return seen
+    steps = run(At('before_step', raising(CancelStepException), nth=2))
+    assert [same(a[0], b[0]) for a, b in zip(steps, steps[1:])] == [False, True, False]
+    assert [torch.equal(a[1], b[1]) for a, b in zip(steps, steps[1:])] == [False, True, False]
+
+def test_clip_in_half_precision():
+    "The limit holds for gradients as they are, not for those that the scaler made large"
+    cb, learn, steps = fitnet(), learner(opt_func=partial(SGD, mom=0.), wd=0.), []
+    note = lambda name: At(name, lambda learn: steps.append(numbers(cb)), 99, 0)
+    learn.fit(1, 1., cbs=[cb, OnCPU(init_scale=1024.), GradientClip(.01), note('before_step'), note('after_step')])
+    assert len(steps) == 8
+    for before, after in zip(steps[::2], steps[1::2]):
+        assert sum((after[name] - before[name]).pow(2).sum() for name in after)**.5 == pytest.approx(.01, rel=1e-2)
 
 # ---- Saving
 
