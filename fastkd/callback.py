@@ -21,7 +21,7 @@ from fastai.torch_core import find_bs, find_device, no_random
 from fastcore.basics import detuplify, listify, patch
 from torch import Tensor, nn
 from .advice import quiet_parts, teacher_at_chance
-from .learned import LearnedParts, broadcast
+from .learned import LearnedParts, broadcast, scaler_of
 from .learners import from_learner
 from .losses.core import Loss, Mixed, Probe, as_sum, loss_name
 from .modules import Captures, evaluating, logits, missing_layer, reset_state, unwrap_model
@@ -472,7 +472,8 @@ def _advise(self:KnowledgeDistillationCallback, task, parts, given):
     weight = factors.pop('weight')
     if weight > 0 and not _is_compiled(self.learn.model): # a compiled graph can be walked only once
         params = [p for p in self.learn.model.parameters() if p.requires_grad]
-        scale = self.learn.scaler.get_scale() if getattr(self.learn, 'scaler', None) else 1.
+        scaler = scaler_of(self.learn)
+        scale = scaler.get_scale() if scaler is not None else 1.
         try:
             with self.loss.setting(factors): said |= quiet_parts(self._left_for_task(weight)*task, parts, self.loss, weight, params, scale)
         except RuntimeError: pass # some graphs can be walked only by `backward`, such as reentrant checkpoints

@@ -105,3 +105,17 @@ def test_probe_leaves_random_states_alone():
     silent, plain = learner(seeded(Noisy)), learner(seeded(Noisy))
     fitted(silent, KD(trained_teacher(), SoftTarget, weight=0.))
     assert same(weights(silent.model), weights(fitted(plain).model))
+
+def test_recorded_values_are_copies():
+    "Others scale the loss in place afterwards; no value keeps the graph of its batch alive"
+    seen, graphs = [], []
+    def note(learn):
+        if learn.training: seen.append(float(learn.loss_grad))
+    def divide(learn):
+        if learn.training: learn.loss_grad /= 3
+    def look(learn):
+        if learn.training: graphs.extend(value[-1].requires_grad for value in learn.recorder.distillation.values() if torch.is_tensor(value[-1]))
+    cbs = At('after_loss', note, 4, 0), At('after_loss', divide, 6, 0), At('after_batch', look, 99, 0)
+    learn = fitted(learner(), [*cbs, KD(trained_teacher(), SoftTarget, weight=0.)], n_epoch=1)
+    assert learn.recorder.distillation['task_loss'] == seen
+    assert graphs == [False]*8

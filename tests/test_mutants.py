@@ -13,7 +13,7 @@ def mutants(monkeypatch):
     return mutants
 
 @cache
-def tests_of(file): return {o.name for o in ast.parse((ROOT/'tests'/file).read_text()).body if isinstance(o, ast.FunctionDef)}
+def functions_in(file): return {o.name for o in ast.parse((ROOT/'tests'/file).read_text()).body if isinstance(o, ast.FunctionDef)}
 
 def test_every_defect_can_be_planted(mutants):
     "What is replaced stands there exactly once, and what comes of it is Python"
@@ -23,7 +23,7 @@ def test_every_defect_can_be_planted(mutants):
 def test_every_named_test_exists(mutants):
     for mutant in mutants.MUTANTS:
         file, name = re.match(r'(\w+\.py)::(test_\w+)(\[.*\])?$', mutant.killed_by).groups()[:2]
-        assert name in tests_of(file), mutant.killed_by
+        assert name in functions_in(file), mutant.killed_by
 
 def test_a_stale_defect_is_an_error(mutants):
     mutant = mutants.MUTANTS[0]

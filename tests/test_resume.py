@@ -111,6 +111,21 @@ def test_clip_in_half_precision():
     for before, after in zip(steps[::2], steps[1::2]):
         assert sum((after[name] - before[name]).pow(2).sum() for name in after)**.5 == pytest.approx(.01, rel=1e-2)
 
+def test_scaler_of_an_interrupted_fit():
+    "fastai leaves it on the learner: a later fit in full precision has nothing to do with it"
+    def run(*first):
+        cb, learn = fitnet(), learner(opt_func=SGD)
+        for cbs in first:
+            with pytest.raises(KeyboardInterrupt): learn.fit(1, 0., cbs=[*cbs, KD(trained_teacher(), SoftTarget)])
+        learn.model.load_state_dict(seeded(convnet, 4).state_dict()) # batch norm has seen a batch
+        learn.opt = None
+        fitted(learn, cb)
+        assert hasattr(learn, 'scaler') == (len(first) > 0)
+        return weights(learn.model) | numbers(cb)
+    expected = run()
+    for event in 'before_batch', 'after_step':
+        assert same(run([OnCPU(), At(event, raising(KeyboardInterrupt), order=9)]), expected)
+
 # ---- Saving
 
 def in_memory(cb): return cb.state_dict()
