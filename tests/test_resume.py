@@ -102,6 +102,14 @@ def test_a_cancelled_step_is_no_step():
     assert [same(a[0], b[0]) for a, b in zip(steps, steps[1:])] == [False, True, False]
     assert [torch.equal(a[1], b[1]) for a, b in zip(steps, steps[1:])] == [False, True, False]
 
+def test_gradients_start_anew():
+    "With each step, and after one that was cancelled"
+    cb, learn, sizes = fitnet(), learner(), []
+    def look(learn): sizes.append(max(0 if p.grad is None else p.grad.abs().max().item() for p in cb.loss.parameters()))
+    looks = [At(name, look, 99, 0) for name in ('before_backward', 'after_backward')]
+    fitted(learn, [cb, *looks, At('before_step', raising(CancelStepException), nth=2)], n_epoch=1)
+    assert sizes[::2] == [0]*4 and all(size > 0 for size in sizes[1::2])
+
 def test_clip_in_half_precision():
     "The limit holds for gradients as they are, not for those that the scaler made large"
     cb, learn, steps = fitnet(), learner(opt_func=partial(SGD, mom=0.), wd=0.), []
@@ -117,8 +125,7 @@ def test_scaler_of_an_interrupted_fit():
         cb, learn = fitnet(), learner(opt_func=SGD)
         for cbs in first:
             with pytest.raises(KeyboardInterrupt): learn.fit(1, 0., cbs=[*cbs, KD(trained_teacher(), SoftTarget)])
-        learn.model.load_state_dict(seeded(convnet, 4).state_dict()) # batch norm has seen a batch
-        learn.opt = None
+        learn.model, learn.opt = seeded(convnet, 4), None # batch norm has seen a batch, and gradients are there
         fitted(learn, cb)
         assert hasattr(learn, 'scaler') == (len(first) > 0)
         return weights(learn.model) | numbers(cb)
