@@ -114,7 +114,8 @@ def test_recorded_values_are_copies():
     def divide(learn):
         if learn.training: learn.loss_grad /= 3
     def look(learn):
-        if learn.training: graphs.extend(value[-1].requires_grad for value in learn.recorder.distillation.values() if torch.is_tensor(value[-1]))
+        last = [values[-1] for values in learn.recorder.distillation.values()]
+        if learn.training: graphs.extend(value.requires_grad for value in last if torch.is_tensor(value))
     cbs = At('after_loss', note, 4, 0), At('after_loss', divide, 6, 0), At('after_batch', look, 99, 0)
     learn = fitted(learner(), [*cbs, KD(trained_teacher(), SoftTarget, weight=0.)], n_epoch=1)
     assert learn.recorder.distillation['task_loss'] == seen

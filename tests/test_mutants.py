@@ -33,7 +33,7 @@ def test_a_stale_defect_is_an_error(mutants):
 def test_the_naive_callback_takes_what_ours_takes(mutants):
     "Or what it fails would say nothing"
     def params(path):
-        classes = [o for o in ast.parse(path.read_text()).body if isinstance(o, ast.ClassDef)]
-        init = next(o for cls in classes if cls.name == 'KnowledgeDistillationCallback' for o in cls.body if getattr(o, 'name', '') == '__init__')
+        classes = {o.name: o for o in ast.parse(path.read_text()).body if isinstance(o, ast.ClassDef)}
+        init = next(o for o in classes['KnowledgeDistillationCallback'].body if getattr(o, 'name', '') == '__init__')
         return [arg.arg for arg in init.args.args], [ast.unparse(o) for o in init.args.defaults]
     assert params(ROOT/'tools'/'naive.py') == params(ROOT/'fastkd'/'callback.py')

@@ -130,8 +130,7 @@ def test_scaler_of_an_interrupted_fit():
         assert hasattr(learn, 'scaler') == (len(first) > 0)
         return weights(learn.model) | numbers(cb)
     expected = run()
-    for event in 'before_batch', 'after_step':
-        assert same(run([OnCPU(), At(event, raising(KeyboardInterrupt), order=9)]), expected)
+    for name in 'before_batch', 'after_step': assert same(run([OnCPU(), At(name, raising(KeyboardInterrupt), order=9)]), expected)
 
 # ---- Saving
 

@@ -16,8 +16,10 @@ BLOCKS = ['block1', 'block2']
 LOSSES = [SoftTarget, lambda: 100*FitNet().on(BLOCKS, BLOCKS), lambda: 1000*Attention().on('block1', 'block1'),
     lambda: PKT().on('block2', 'block2'), lambda: CRD(dim=4, negatives=8).on('block2', 'block2'),
     lambda: CRD(dim=4, negatives=8, form='nce').on('block2', 'block2'), lambda: MaskedGenerative().on('block2', 'block2'),
-    lambda: SoftTarget() + FitNet().on('block1.1', 'block1') + Attention().on(BLOCKS, BLOCKS), lambda: DecoupledKD() + RKD().on('block2', 'block2')]
-CALLBACKS = [MixUp, CutMix, lambda: GradientAccumulation(8), lambda: GradientClip(.1), ChannelsLast, SaveModelCallback, TerminateOnNaNCallback]
+    lambda: SoftTarget() + FitNet().on('block1.1', 'block1') + Attention().on(BLOCKS, BLOCKS),
+    lambda: DecoupledKD() + RKD().on('block2', 'block2')]
+CALLBACKS = [MixUp, CutMix, lambda: GradientAccumulation(8), lambda: GradientClip(.1), ChannelsLast, SaveModelCallback,
+    TerminateOnNaNCallback]
 HALF = [lambda: OnCPU(AMPMode.BF16), lambda: OnCPU(AMPMode.FP16, init_scale=1024.)]
 FITS = dict(fit=lambda learn, cbs: learn.fit(1, 1e-2, cbs=cbs), one_cycle=lambda learn, cbs: learn.fit_one_cycle(1, 1e-2, cbs=cbs),
     two_epochs=lambda learn, cbs: learn.fit(2, 1e-2, cbs=cbs), lr_find=lambda learn, cbs: find_lr(learn, cbs),
