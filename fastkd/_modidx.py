@@ -19,6 +19,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'fastkd/callback.py'),
                                  'fastkd.callback.KnowledgeDistillationCallback._as_teacher': ( 'callback.html#knowledgedistillationcallback._as_teacher',
                                                                                                 'fastkd/callback.py'),
+                                 'fastkd.callback.KnowledgeDistillationCallback._ask_once': ( 'callback.html#knowledgedistillationcallback._ask_once',
+                                                                                              'fastkd/callback.py'),
                                  'fastkd.callback.KnowledgeDistillationCallback._axis': ( 'callback.html#knowledgedistillationcallback._axis',
                                                                                           'fastkd/callback.py'),
                                  'fastkd.callback.KnowledgeDistillationCallback._blend': ( 'callback.html#knowledgedistillationcallback._blend',

@@ -141,7 +141,9 @@ def _target(self:KnowledgeDistillationCallback):
 @patch
 def _mask(self:KnowledgeDistillationCallback):
     "Positions that count: what the user says, else those that the task loss does not ignore; None for all"
-    if self.mask is not None: return torch.as_tensor(self.mask(*self.learn.xb)).bool()
+    if self.mask is not None:
+        try: return torch.as_tensor(self.mask(*self.learn.xb)).bool()
+        except (RuntimeError, TypeError, ValueError) as e: raise ValueError(f'mask(*xb) returns a bool tensor `(bs, ...)`: {e}') from e
     func, target = self._task_loss_func(), self._target()
     ignored = [getattr(o, 'ignore_index', None) for o in (func, getattr(func, 'func', None))] # of a fastai loss, a torch loss
     ignored += [getattr(func, 'keywords', {}).get('ignore_index'), -100 if func is F.cross_entropy else None]
@@ -264,7 +266,7 @@ def _look(self:KnowledgeDistillationCallback):
         with evaluating(model), torch.no_grad(), fit.captures: output = model(*one)
         fm_s = fit.captures.take()
         self._check_captured(fm_s)
-        teacher_pred, fm_t = fit.teacher.outputs(one, fit.teachers, pred=fit.wants_pred)
+        teacher_pred, fm_t = self._ask_once(one)
     reset_state(model)
     fit.teacher.reset()
     self._check_finite(teacher_pred, fm_t)
@@ -277,6 +279,16 @@ def _look(self:KnowledgeDistillationCallback):
     fit.ready = True
 
 # %% ../nbs/30_callback.ipynb #e10a6871
+@patch
+def _ask_once(self:KnowledgeDistillationCallback, one):
+    "The teacher's answer for one sample, or an error that says who failed on what"
+    fit = self._fit
+    try: return fit.teacher.outputs(one, fit.teachers, pred=fit.wants_pred)
+    except (AttributeError, LookupError, RuntimeError, TypeError) as e:
+        shapes = ', '.join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in one)
+        raise (TypeError if isinstance(e, TypeError) else ValueError)(f"{fit.teacher} fails on a sample of the student's batch, of shape "
+            f'{shapes}; `teacher_input` can make another input of it: {e}') from e
+
 @patch
 def _check_captured(self:KnowledgeDistillationCallback, fm_s):
     "Every student layer has run"

@@ -13,11 +13,11 @@ from test_faults import FIT, SCOPES
 
 HOME = Path(fastkd.__file__).parent
 BLOCKS = ['block1', 'block2']
-LOSSES = [SoftTarget, lambda: 100*FitNet().on(BLOCKS, BLOCKS), lambda: 1000*Attention().on('block1', 'block1'),
-    lambda: PKT().on('block2', 'block2'), lambda: CRD(dim=4, negatives=8).on('block2', 'block2'),
-    lambda: CRD(dim=4, negatives=8, form='nce').on('block2', 'block2'), lambda: MaskedGenerative().on('block2', 'block2'),
-    lambda: SoftTarget() + FitNet().on('block1.1', 'block1') + Attention().on(BLOCKS, BLOCKS),
-    lambda: DecoupledKD() + RKD().on('block2', 'block2')]
+def at_the_end(*losses): return [lambda loss=loss: loss().on('block2', 'block2') for loss in losses]
+LOSSES = at_the_end(PKT, lambda: CRD(dim=4, negatives=8), lambda: CRD(dim=4, negatives=8, form='nce'), MaskedGenerative)
+LOSSES += [SoftTarget, lambda: 100*FitNet().on(BLOCKS, BLOCKS), lambda: 1000*Attention().on('block1', 'block1')]
+LOSSES += [lambda: SoftTarget() + FitNet().on('block1.1', 'block1') + Attention().on(BLOCKS, BLOCKS)]
+LOSSES += [lambda: DecoupledKD() + RKD().on(*BLOCKS)]
 CALLBACKS = [MixUp, CutMix, lambda: GradientAccumulation(8), lambda: GradientClip(.1), ChannelsLast, SaveModelCallback,
     TerminateOnNaNCallback]
 HALF = [lambda: OnCPU(AMPMode.BF16), lambda: OnCPU(AMPMode.FP16, init_scale=1024.)]

@@ -1,7 +1,7 @@
 """The callback that one would write in an evening. `python -m tools.mutants --naive tests/…` shows what the tests have to say about it.
 
-It takes what ours takes, and does with it what first comes to mind: order 0, a teacher in whatever mode it is, with a graph and after every
-pass, validation too; hooks that are placed in `before_fit` and stay; activations in the order in which layers run; adapters without steps."""
+It takes what ours takes, and does with it what first comes to mind: order 0, a teacher in whatever mode it is, with a graph, in validation
+too; hooks that are placed in `before_fit` and stay; activations in the order in which layers run; adapters without steps."""
 from fastai.basics import Callback
 from fastcore.basics import listify
 from fastkd.losses.core import Probe, as_sum
