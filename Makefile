@@ -7,12 +7,13 @@ DEV     := .venv/.installed
 # One thread for each of the two workers: more of them fight over the cores of a small machine
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help setup demo test test-slow docs readme export clean bench
+.PHONY: help setup demo test test-slow mutants docs readme export clean bench
 
 help:
 	@echo 'make demo       train a student without and with a teacher, and compare them'
 	@echo 'make test       the quick tests: every notebook, and tests/'
 	@echo 'make test-slow  all tests, the slow ones too'
+	@echo 'make mutants    plant defects, one at a time, and see that the tests notice each'
 	@echo 'make export     notebooks to fastkd/, cleaned, and README.md from its notebook'
 	@echo 'make docs       the site, in _docs/'
 	@echo 'make bench      speed and memory'
@@ -25,6 +26,9 @@ test: $(DEV)
 
 test-slow: $(DEV)
 	$(PYTEST)
+
+mutants: $(DEV)
+	$(BIN)/python -m tools.mutants
 
 # the order matters: the README links to names that the export indexes
 export: $(DEV)

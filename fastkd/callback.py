@@ -17,11 +17,11 @@ import torch, torch.nn.functional as F
 from fastai.basics import AvgMetric, Callback, DataLoader, Learner, Recorder, ValueMetric, apply, join_path_file, mk_metric
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
-from fastai.torch_core import get_model, get_random_states, no_random, rank_distrib, set_random_states
+from fastai.torch_core import find_bs, find_device, get_model, get_random_states, no_random, rank_distrib, set_random_states
 from fastcore.basics import detuplify, listify, patch
 from torch import Tensor, nn
 from .advice import classes_that_coexist, quiet_parts, teacher_at_chance
-from .learned import LearnedParts, broadcast
+from .learned import LearnedParts, broadcast, scaler_of
 from .learners import from_learner
 from .losses.core import Loss, Mixed, Probe, Sum, as_sum, loss_name
 from .modules import Captures, evaluating, logits, missing_layer, reset_state, unwrap_model
@@ -148,7 +148,9 @@ def _target(self:KnowledgeDistillationCallback):
 @patch
 def _mask(self:KnowledgeDistillationCallback):
     "Positions that count: what the user says, else those that the task loss does not ignore; None for all"
-    if self.mask is not None: return torch.as_tensor(self.mask(*self.learn.xb)).bool()
+    if self.mask is not None:
+        try: return torch.as_tensor(self.mask(*self.learn.xb)).bool()
+        except (RuntimeError, TypeError, ValueError) as e: raise ValueError(f'mask(*xb) returns a bool tensor `(bs, ...)`: {e}') from e
     func, target = self._task_loss_func(), self._target()
     ignored = [getattr(o, 'ignore_index', None) for o in (func, getattr(func, 'func', None))] # of a fastai loss, a torch loss
     ignored += [getattr(func, 'keywords', {}).get('ignore_index'), -100 if func is F.cross_entropy else None]
@@ -163,10 +165,10 @@ def _numbered(dl): return isinstance(dl, DataLoader) and dl.indexed
 @patch
 def _index(self:KnowledgeDistillationCallback):
     "Positions of the batch's samples in the dataset, in the order in which fastai's loader drew them; None with other loaders"
-    dl, n = self.learn.dl, len(self.learn.xb[0])
+    dl, xb = self.learn.dl, self.learn.xb
     if not _numbered(dl): return None
     start = self.learn.iter*dl.bs
-    return torch.as_tensor(list(dl._DataLoader__idxs[start:start + n])).to(self.learn.xb[0].device, non_blocking=True)
+    return torch.as_tensor(list(dl._DataLoader__idxs[start:start + find_bs(xb)])).to(find_device(xb), non_blocking=True)
 
 # %% ../nbs/30_callback.ipynb #ea107a4a
 def _inside_fit(learn):
@@ -279,7 +281,7 @@ def _look(self:KnowledgeDistillationCallback):
         with evaluating(model), torch.no_grad(), fit.captures: output = model(*one)
         fm_s = fit.captures.take()
         self._check_captured(fm_s)
-        teacher_pred, fm_t = fit.teacher.outputs(one, fit.teachers, pred=fit.wants_pred)
+        teacher_pred, fm_t = self._ask_once(one)
     reset_state(model)
     fit.teacher.reset()
     self._check_finite(teacher_pred, fm_t)
@@ -292,6 +294,16 @@ def _look(self:KnowledgeDistillationCallback):
     fit.ready = True
 
 # %% ../nbs/30_callback.ipynb #e10a6871
+@patch
+def _ask_once(self:KnowledgeDistillationCallback, one):
+    "The teacher's answer for one sample, or an error that says who failed on what"
+    fit = self._fit
+    try: return fit.teacher.outputs(one, fit.teachers, pred=fit.wants_pred)
+    except (AttributeError, LookupError, RuntimeError, TypeError) as e:
+        shapes = ', '.join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in one)
+        raise (TypeError if isinstance(e, TypeError) else ValueError)(f"{fit.teacher} fails on a sample of the student's batch, of shape "
+            f'{shapes}; `teacher_input` can make another input of it: {e}') from e
+
 @patch
 def _check_captured(self:KnowledgeDistillationCallback, fm_s):
     "Every student layer has run"
@@ -489,7 +501,8 @@ def _advise(self:KnowledgeDistillationCallback, task, parts, given):
     weight = factors.pop('weight')
     if weight > 0 and not _is_compiled(self.learn.model): # a compiled graph can be walked only once
         params = [p for p in self.learn.model.parameters() if p.requires_grad]
-        scale = self.learn.scaler.get_scale() if getattr(self.learn, 'scaler', None) else 1.
+        scaler = scaler_of(self.learn)
+        scale = scaler.get_scale() if scaler is not None else 1.
         try:
             with self.loss.setting(factors): said |= quiet_parts(self._left_for_task(weight)*task, parts, self.loss, weight, params, scale)
         except RuntimeError: pass # some graphs can be walked only by `backward`, such as reentrant checkpoints

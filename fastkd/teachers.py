@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+from fastai.torch_core import apply
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .modules import Captures, StopForward, evaluating, get_module_by_name, logits, missing_layer, reset_state, unwrap_model
@@ -73,7 +74,7 @@ def _inputs(self:Frozen, xb):
     xb = xb if isinstance(xb, (tuple, list)) else (xb,)
     dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), None)
     if dtype is None: return xb
-    return [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in xb]
+    return apply(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, list(xb))
 
 @patch
 def _autocast(self:Frozen):

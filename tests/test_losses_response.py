@@ -66,6 +66,15 @@ def test_ignored_labels(case):
     ignored = given | dict(target=given['target'].masked_fill(tensor([False, True, False]), -100), mask=tensor([True, False, True]))
     close(case.loss(**ignored), case.loss(**rows_that_count(given, ignored['mask'])))
 
+@each_labelled
+def test_labels_that_are_no_classes_do_not_count(case):
+    "Without a mask, too: -100 below, and 255 above the classes"
+    given = case.given()
+    if not isinstance(given['target'], torch.Tensor) or given['target'].ndim > 1: return
+    expected = case.loss(**rows_that_count(given, tensor([True, False, True])))
+    for ignored in -100, 255:
+        close(case.loss(**given | dict(target=given['target'].masked_fill(tensor([False, True, False]), ignored))), expected)
+
 @each
 def test_classes_last(case):
     "The classes may stand in any dimension"

@@ -1,8 +1,13 @@
 "What the losses learn: that they learn, that it can be saved, and that files of the learner know nothing of it."
-import io, pytest, torch
+import io, pytest, torch, copy, pickle
 from fastkd.all import *
-from helpers import convnet, fitted, learner, named_learner, same, seeded, trained_teacher, weights
+from helpers import At, OnCPU, convnet, fitted, learner, named_learner, quiet, raising, same, seeded, trained_teacher, weights
 from learning import each_kind, fitnet, learned
+from fastai.basics import CancelStepException, SGD, load_learner, params
+from fastai.callback.training import GradientClip
+from fastkd.losses.core import Loss
+from functools import partial
+from torch import nn
 
 def KD(*args, **kwargs): return KnowledgeDistillationCallback(*args, **kwargs)
 
@@ -43,6 +48,51 @@ def test_nothing_of_it_is_in_the_student():
     fitted(learn)
     assert weights(learn.model).keys() == weights(convnet(4)).keys()
     assert [len(group) for group in learn.opt.param_lists] == [len(list(learn.model.parameters()))]
+
+# ---- With the student's steps
+
+def numbers(cb): return {name: p.detach().clone() for name, p in cb.loss.named_parameters()}
+
+def test_a_cancelled_step_is_no_step():
+    "A step that another callback cancels for the student is none of the adapters, and its gradient is not added to the next"
+    def run(*cbs):
+        cb, learn, seen = fitnet(), learner(opt_func=partial(SGD, mom=0.)), []
+        note = At('before_backward', lambda learn: seen.append((numbers(cb), weights(learn.model)['head.3.weight'])), nth=0)
+        fitted(learn, [cb, note, *cbs], n_epoch=1)
+        return seen
+    steps = run(At('before_step', raising(CancelStepException), nth=2))
+    assert [same(a[0], b[0]) for a, b in zip(steps, steps[1:])] == [False, True, False]
+    assert [torch.equal(a[1], b[1]) for a, b in zip(steps, steps[1:])] == [False, True, False]
+
+def test_gradients_start_anew():
+    "With each step, and after one that was cancelled"
+    cb, learn, sizes = fitnet(), learner(), []
+    def look(learn): sizes.append(max(0 if p.grad is None else p.grad.abs().max().item() for p in cb.loss.parameters()))
+    looks = [At(name, look, 99, 0) for name in ('before_backward', 'after_backward')]
+    fitted(learn, [cb, *looks, At('before_step', raising(CancelStepException), nth=2)], n_epoch=1)
+    assert sizes[::2] == [0]*4 and all(size > 0 for size in sizes[1::2])
+
+def test_clip_in_half_precision():
+    "The limit holds for gradients as they are, not for those that the scaler made large"
+    cb, learn, steps = fitnet(), learner(opt_func=partial(SGD, mom=0.), wd=0.), []
+    note = lambda name: At(name, lambda learn: steps.append(numbers(cb)), 99, 0)
+    learn.fit(1, 1., cbs=[cb, OnCPU(init_scale=1024.), GradientClip(.01), note('before_step'), note('after_step')])
+    assert len(steps) == 8
+    for before, after in zip(steps[::2], steps[1::2]):
+        assert sum((after[name] - before[name]).pow(2).sum() for name in after)**.5 == pytest.approx(.01, rel=1e-2)
+
+def test_scaler_of_an_interrupted_fit():
+    "fastai leaves it on the learner: a later fit in full precision has nothing to do with it"
+    def run(*first):
+        cb, learn = fitnet(), learner(opt_func=SGD)
+        for cbs in first:
+            with pytest.raises(KeyboardInterrupt): learn.fit(1, 0., cbs=[*cbs, KD(trained_teacher(), SoftTarget)])
+        learn.model, learn.opt = seeded(convnet, 4), None # batch norm has seen a batch, and gradients are there
+        fitted(learn, cb)
+        assert hasattr(learn, 'scaler') == (len(first) > 0)
+        return weights(learn.model) | numbers(cb)
+    expected = run()
+    for name in 'before_batch', 'after_step': assert same(run([OnCPU(), At(name, raising(KeyboardInterrupt), order=9)]), expected)
 
 # ---- Saving
 

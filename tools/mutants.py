@@ -1,0 +1,327 @@
+"""Deliberate defects, and the test that notices each: what the tests are worth.
+
+`python -m tools.mutants` applies each defect to a copy of the package and runs the test that is named for it, which must fail there and
+pass without it. `python -m tools.mutants NAME …` takes those whose name has one of these words in it. `python -m tools.mutants --naive
+tests/test_pairing.py …` puts the callback of `tools/naive.py` in the place of ours, and shows which tests notice."""
+import os, re, shutil, sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from multiprocessing import TimeoutError, get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+N_AT_ONCE, TIMEOUT = 2, 600 # processes; seconds
+
+class Mutant(NamedTuple):
+    "One defect"
+    name: str # What is wrong, in words
+    file: str # Module in fastkd/
+    old: str # A piece of it that stands there once
+    new: str # What stands there instead
+    killed_by: str # The test that notices, in tests/: file::test, with a parameter where one is enough
+    also: tuple = () # Further pairs of old and new, where one change alone does no harm
+
+CB, LEARNED, TEACHERS, LEARNERS, MODULES = (f'{o}.py' for o in ('callback', 'learned', 'teachers', 'learners', 'modules'))
+CORE, RESPONSE, FEATURE, RELATION = (f'losses/{o}.py' for o in ('core', 'response', 'feature', 'relation'))
+FORMULA = 'test_zoo.py::test_value_and_every_gradient'
+
+TEACHER = [
+    Mutant('teacher builds a graph', TEACHERS, 'evaluating(self.module), torch.no_grad(), self', 'evaluating(self.module), self',
+        'test_loop_peer.py::test_teacher_builds_no_graph'),
+    Mutant('teacher in inference mode', TEACHERS, 'torch.no_grad(), self._autocast()', 'torch.inference_mode(), self._autocast()',
+        'test_zoo_fit.py::test_first_gradient[FitNet]'),
+    Mutant('teacher in training mode', TEACHERS, 'with evaluating(self.module), torch', 'with torch', 'test_faults.py::test_plain_fit'),
+    Mutant('training flags not given back', MODULES, 'finally:\n        for module in training: module.training = True',
+        'finally: pass', 'test_faults.py::test_plain_fit'),
+    Mutant('all modules put back to training', MODULES, 'for module in model.modules() if module.training]',
+        'for module in model.modules()]',
+        'test_faults.py::test_plain_fit'),
+    Mutant("teacher's requires_grad changed", TEACHERS, 'self.captures = {} # layer',
+        'module.requires_grad_(False)\n        self.captures = {} #',
+        'test_faults.py::test_plain_fit'),
+    Mutant('teacher not reset in an epoch', CB, '= {}, 0, None\n    self._fit.teacher.reset()', '= {}, 0, None',
+        'test_callback.py::test_recurrent_teacher_begins_anew_in_each_epoch'),
+    Mutant('teacher never stops early', TEACHERS, 'can_stop = not pred and captures.counted is not None', 'can_stop = False',
+        'test_callback.py::test_teacher_stops_after_the_last_layer'),
+    Mutant('teacher_input ignored', TEACHERS, 'if self.inputs is not None: xb = self.inputs(*xb)', 'pass',
+        'test_pairing.py::test_other_statistics'),
+    Mutant('only the first input reaches the teacher', TEACHERS, 'xb = xb if isinstance(xb, (tuple, list)) else (xb,)', 'xb = (xb[0],)',
+        'test_callback.py::test_several_inputs'),
+    Mutant('class permutation not applied', LEARNERS, 'logits = partial(_select, find=logits, columns=columns, axis=axis)', 'pass',
+        'test_pairing.py::test_permuted_vocabulary'),
+    Mutant('class permutation the other way round', LEARNERS, '[names_t.index(name) for name in names_s]',
+        '[names_s.index(name) for name in names_t]', 'test_pairing.py::test_permuted_vocabulary'),
+    Mutant('other statistics not converted', LEARNERS, 'inputs = partial(renormalize, student=stats_s, teacher=stats_t)', 'pass',
+        'test_pairing.py::test_other_statistics'),
+    Mutant('other classes not noticed', LEARNERS, 'if only_s or only_t or len(names_s) != len(names_t):', 'if False:',
+        'test_pairing.py::test_other_vocabulary')]
+
+LOOP = [
+    Mutant('callback at order 0', CB, 'order, run_valid = 5, False', 'order, run_valid = 0, False',
+        'test_loop_peer.py::test_blend_is_made_of_the_whole_task_loss'),
+    Mutant('callback at order 10', CB, 'order, run_valid = 5, False', 'order, run_valid = 10, False',
+        'test_together.py::test_accumulation_is_a_large_batch'),
+    Mutant('valid_loss is the blend', CB, 'self._fit is not None and self.learn.training and', 'self._fit is not None and',
+        'test_loop_peer.py::test_valid_loss_is_the_task_loss', (('run_valid = 5, False', 'run_valid = 5, True'),)),
+    Mutant('teacher runs in validation', CB, 'self.learn.training and not self.learn.lock.locked() and len', 'len',
+        'test_callback.py::test_teacher_does_not_run_in_validation', (('order, run_valid = 5, False', 'order = 5'),)),
+    Mutant('weight 0 touches the loss', CB, 'if weight > 0:\n        learn.loss_grad', 'if True:\n        learn.loss_grad',
+        'test_loop_peer.py::test_weight_zero_leaves_the_loss_alone'),
+    Mutant('task_weight ignored', CB, 'return 1 - weight if self.task_weight is None else self.task_weight', 'return 1 - weight',
+        'test_callback.py::test_task_weight'),
+    Mutant('task loss at full weight', CB, 'return 1 - weight if self.task_weight is None else self.task_weight', 'return 1.',
+        'test_callback.py::test_hundred_steps_of_soft_target'),
+    Mutant('train_loss is the task loss', CB, '        learn.loss = learn.loss_grad.detach().clone()\n', '',
+        'test_callback.py::test_train_loss_is_the_blend'),
+    Mutant('errors come out of after_loss', CB, 'try: self._blend()\n    except Exception as e: self._fit.problem = e', 'self._blend()',
+        'test_together.py::test_a_failing_loss_leaves_autocast_off'),
+    Mutant('hooks kept after a fit', CB, 'if fit is not None and fit.captures is not None: fit.captures.remove()', 'pass',
+        'test_faults.py::test_cleanup_by_hand'),
+    Mutant('hooks never taken off', MODULES, 'for handle in self.handles: handle.remove()', 'pass',
+        'test_modules.py::test_hooks_are_gone_after_errors'),
+    Mutant('hooks stay after a cancelled epoch', CB, "for _event in ('after_cancel_train', 'after_cancel_epoch'):", 'for _event in ():',
+        'test_faults.py::test_cancelled_training_leaves_no_hook_for_validation'),
+    Mutant('no clean-up when fit takes the callback off', CB, 'if learn is None: self.cleanup()', 'pass',
+        'test_faults.py::test_raised_by_another_callback'),
+    Mutant('columns kept', CB, "filter(lambda metric: getattr(metric, 'cb', None) is not self)", 'filter(lambda metric: True)',
+        'test_faults.py::test_plain_fit'),
+    Mutant('columns never start anew', CB, 'self._fit.sums, self._fit.n_batches, self._fit.blamed = {}, 0, None', 'pass',
+        'test_callback.py::test_columns'),
+    Mutant('column shows the weighted distillation loss', CB, 'distillation_loss=distillation)', 'distillation_loss=weight*distillation)',
+        'test_zoo_fit.py::test_first_gradient[SoftTarget]'),
+    Mutant('recorded task loss is scaled in place', CB, 'self.learn.loss_grad.clone() #', 'self.learn.loss_grad #',
+        'test_loop_peer.py::test_recorded_values_are_copies'),
+    Mutant('recorded values keep their graph', CB, 'torch.as_tensor(value).detach() for', 'torch.as_tensor(value) for',
+        'test_loop_peer.py::test_recorded_values_are_copies'),
+    Mutant('validation within a fit starts anew', CB, 'if locked or self.teacher is None: return', 'if self.teacher is None: return',
+        'test_together.py::test_validation_within_a_fit'),
+    Mutant('validation within a fit ends it', CB, 'if fit is None or self.learn.lock.locked(): return', 'if fit is None: return',
+        'test_together.py::test_validation_within_a_fit'),
+    Mutant('masks ignored', CB, "self._mask() if 'mask' in fit.wants else None", 'None',
+        'test_zoo_fit.py::test_first_gradient[HiddenStates]'),
+    Mutant("the user's mask ignored", CB, 'if self.mask is not None: return torch.as_tensor', 'if False: return torch.as_tensor',
+        'test_callback.py::test_sequences_count_where_labels_do'),
+    Mutant('ignore_index ignored', CB, 'ignored = next((o for o in ignored if o is not None), None)', 'ignored = None',
+        'test_losses_sequence.py::test_ignored_labels_are_left_out'),
+    Mutant('class axis ignored', CB, "getattr(self._task_loss_func(), 'axis', 1)", '1',
+        'test_callback.py::test_sequences_count_where_labels_do'),
+    Mutant('mixed batches have plain labels', CB, 'return y if mix is None else Mixed(y, detuplify(tuple(mix.yb1)), mix.lam)', 'return y',
+        'test_callback.py::test_mixup_blends_both_labels'),
+    Mutant('index shifted by one', CB, 'start = self.learn.iter*dl.bs', 'start = self.learn.iter*dl.bs + 1',
+        'test_callback.py::test_positions_in_the_dataset[0]'),
+    Mutant('probe moves the random state', CB, 'with no_random(reproducible=False), autocast:', 'with autocast:',
+        'test_loop_peer.py::test_probe_leaves_random_states_alone'),
+    Mutant('probe moves batch statistics', CB, 'with evaluating(model), torch.no_grad(), fit.captures: output',
+        'with torch.no_grad(), fit.captures: output', 'test_callback.py::test_weight_zero[response-plain]'),
+    Mutant('probe leaves a recurrent state', CB, '    reset_state(model)\n    fit.teacher', '    fit.teacher',
+        'test_together.py::test_recurrent_weight_zero'),
+    Mutant('check of the first answer removed', CB, '    self._check_finite(teacher_pred, fm_t)\n', '',
+        'test_pairing.py::test_a_teacher_that_is_broken'),
+    Mutant('check of later answers removed', CB, 'if weight > 0: self._watch(distillation, given)', 'pass',
+        'test_pairing.py::test_a_teacher_that_breaks[SoftTarget]'),
+    Mutant('student may be its own teacher', CB, '    if shared: raise ValueError', '    if False: raise ValueError',
+        'test_pairing.py::test_teacher_is_the_student'),
+    Mutant('layers that do not run are not missed', CB, 'if missing := [name for name in self._fit.students if name not in fm_s]: raise',
+        'if missing := []: raise', 'test_pairing.py::test_layer_that_does_not_run[student]'),
+    Mutant('settings not checked', CB, '    self._check_settings()\n', '', 'test_pairing.py::test_settings'),
+    Mutant('advice in every fit', CB, 'if key not in self._warned: warnings', 'if True: warnings',
+        'test_callback.py::test_advice_is_given_once'),
+    Mutant('span ignored', CB, 'if self.span: pct =', 'if False: pct =', 'test_resume.py::test_resume_of_a_span'),
+    Mutant('schedules ignored', CB, '{name: scheduled_value(curve, self.weight, min(max(pct, 0.), 1.)) for', '{name: self.weight for',
+        'test_callback.py::test_schedule_of_a_temperature_and_of_parts'),
+    Mutant('schedule with a hidden state', 'schedules.py', 'if pct_train < self.start_pct: return self.start_val',
+        "if pct_train < vars(self).setdefault('seen', pct_train): return self.end_val", 'test_schedules.py::test_no_hidden_state'),
+    Mutant('export ships the teacher', CB, 'left_behind = dict(teacher=None, ', 'left_behind = dict(',
+        'test_resume.py::test_export_is_as_small_as_without'),
+    Mutant('a copy keeps the teacher', CB, 'left_behind = dict(teacher=None, ', 'left_behind = dict(',
+        'test_resume.py::test_copied_callback[deepcopy]'),
+    Mutant('a copy keeps what was learned', CB, "'loss': self.loss.without_learned()}", "'loss': self.loss}",
+        'test_resume.py::test_copied_callback[deepcopy]')]
+
+ADAPTERS = [
+    Mutant('adapters not trained', CB, 'self._learned.step(self.learn)', 'pass', 'test_resume.py::test_adapter_alone_learns'),
+    Mutant('adapters not saved', CB, 'dict(loss=self.loss.state_dict(), opt=opt', 'dict(loss={}, opt=opt',
+        'test_resume.py::test_resume[in_memory-fitnet]'),
+    Mutant("state of the adapters' optimizer not saved", CB, 'opt = None if self._learned is None else self._learned.state_dict()',
+        'opt = None', 'test_resume.py::test_resume[in_memory-fitnet]'),
+    Mutant("adapters' optimizer made anew in each fit", LEARNED, 'return opt is self.of or any(', 'return False and any(',
+        'test_resume.py::test_a_second_fit_goes_on[fitnet]'),
+    Mutant('lr_find leaves adapters trained', CB, "if hasattr(self.learn, 'lr_finder'): self._fit.before = self.state_dict()", 'pass',
+        'test_resume.py::test_lr_find[later-fitnet]'),
+    Mutant('adapters step at the scaled gradient', LEARNED, 'scaler = scaler_of(learn)', 'scaler = None',
+        'test_together.py::test_mixed_precision'),
+    Mutant('adapters use the scaler of a fit that was interrupted', LEARNED, 'return learn.scaler if any(',
+        "return getattr(learn, 'scaler', None) if True or any(", 'test_resume.py::test_scaler_of_an_interrupted_fit'),
+    Mutant('adapters clipped before they are unscaled', LEARNED, 'if scaler is not None: scaler.unscale_(self.opt)', 'pass',
+        'test_resume.py::test_clip_in_half_precision'),
+    Mutant('adapters take a step that the student skips', CB, 'if self._learned is not None: self._learned.skip = True', 'pass',
+        'test_resume.py::test_a_cancelled_step_is_no_step'),
+    Mutant('adapters step while gradients accumulate', CB, 'def after_step(self', 'def after_backward(self',
+        'test_together.py::test_accumulation_is_a_large_batch[plain]'),
+    Mutant('clipping ignores adapters', LEARNED, 'if isinstance(cb, GradientClip): nn', 'if False: nn', 'test_together.py::test_clip'),
+    Mutant("adapters' gradients add up over steps", LEARNED, '        self.opt.zero_grad()\n', '',
+        'test_resume.py::test_gradients_start_anew'),
+    Mutant('adapters learn at a constant rate', LEARNED, 'if is_number and name in self.opt.hypers[0]: self', 'if False: self',
+        'test_resume.py::test_adapter_follows_the_schedules_of_the_student'),
+    Mutant('adapters follow the first group', LEARNED, 'in learn.opt.hypers[-1].items():', 'in learn.opt.hypers[0].items():',
+        'test_resume.py::test_adapter_follows_the_schedules_of_the_student'),
+    Mutant("adapters move the student's random state", CORE, 'with torch.random.fork_rng(devices=[]):', 'if True:',
+        'test_sums.py::test_build_leaves_generators_alone'),
+    Mutant('two parts start with equal adapters', CORE, '(torch.initial_seed() + 0x5eed + stream)', '(torch.initial_seed() + 0x5eed)',
+        'test_sums.py::test_parts_start_with_numbers_of_their_own'),
+    Mutant('adapters made anew by each build', CORE, '    if self.learned is None:\n        with', '    if True:\n        with',
+        'test_sums.py::test_adapters_are_made_once'),
+    Mutant('adapters skipped', CORE, 'if adapter is not None: student = adapter(student)', 'pass', 'test_losses.py::test_fitnet_adapter')]
+
+ACTIVATIONS = [
+    Mutant('pairs in forward order', CORE, 'return {key: activations[name] for key, name in zip(keys, names)}',
+        'return dict(zip(keys, (activations[name] for name in activations if name in names)))', 'test_pairing.py::test_declared_order'),
+    Mutant('activations in forward order', MODULES, 'for name in self.names:\n        if name in self.stored:',
+        'for name in [*self.stored, *self.names]:\n        if name in self.stored:',
+        'test_modules.py::test_repeated_layers_share_an_entry'),
+    Mutant('unequal lists cut silently', CORE, 'return [(i, i) for i in range(n_s)]', 'return [(i, i) for i in range(min(n_s, n_t))]',
+        'test_pairing.py::test_unequal_lists', (("if n_s != n_t: raise ValueError(f'{self}: {n_s} stu", "if 0: raise ValueError(f'"),)),
+    Mutant('activation overwritten by the next layer', MODULES, 'copied = torch.compiler.is_compiling() or', 'copied = False and',
+        'test_modules.py::test_in_place_successors', (('if overwritten and value is original:', 'if False:'),)),
+    Mutant('hooks listen to copies of the model', MODULES, 'is not None and module is self.module: self', 'is not None: self',
+        'test_modules.py::test_replicas_do_not_write_into_the_original'),
+    Mutant('copied hooks write into the original', MODULES, 'def __getstate__(self): return {} #',
+        'def __getstate__(self): return self.__dict__ #',
+        'test_modules.py::test_copies_do_not_write_into_the_original'),
+    Mutant('activations kept after they were taken', MODULES, '    self.clear()\n    return taken', '    return taken',
+        'test_modules.py::test_no_graph_is_kept_alive')]
+
+LOSSES = [
+    Mutant('T² lost', RESPONSE, 'return self.T**2 * kl_rows(student/self.T', 'return kl_rows(student/self.T',
+        'test_losses.py::test_soft_target'),
+    Mutant('KL the other way round', RESPONSE, 'return kl_of_logs(F.log_softmax(student, dim=1), F.log_softmax(finite(teacher), dim=1))',
+        'return kl_of_logs(F.log_softmax(finite(teacher), dim=1), F.log_softmax(student, dim=1))', 'test_losses.py::test_soft_target'),
+    Mutant('mean over classes instead of their sum', RESPONSE, "reduction='none', log_target=True).sum(1)",
+        "reduction='none', log_target=True).mean(1)", 'test_losses.py::test_soft_target'),
+    Mutant('DecoupledKD swaps alpha and beta', RESPONSE, 'self.alpha*kl_rows(two_s, two_t) + self.beta*kl',
+        'self.beta*kl_rows(two_s, two_t) + self.alpha*kl',
+        f'{FORMULA}[DecoupledKD(T=4, alpha=1.0, beta=8.0) classes-0]'),
+    Mutant('DecoupledKD counts the target among the others', RESPONSE, 'others = logits.masked_fill(is_target, -math.inf)',
+        'others = logits',
+        'test_losses_response.py::test_the_target_is_no_other'),
+    Mutant('DIST without its columns', RESPONSE, 'self.beta*of_rows + self.gamma*of_columns', 'self.beta*of_rows',
+        f'{FORMULA}[DIST(beta=1.0, gamma=1.0, T=1.0)-0]'),
+    Mutant('Attention without normalisation', FEATURE, 'return unit(activation.square().mean(1).flatten(1))',
+        'return activation.square().mean(1).flatten(1)', 'test_losses.py::test_attention'),
+    Mutant('FitNet adds instead of averaging', FEATURE, 'unit(student), unit(teacher)\n        return F.mse_loss(student, teacher)',
+        "unit(student), unit(teacher)\n        return F.mse_loss(student, teacher, reduction='sum')",
+        'test_losses.py::test_fitnet'),
+    Mutant('maps are not pooled to the smaller', CORE, 'size = [min(sizes) for', 'size = [max(sizes) for', 'test_losses.py::test_fitnet'),
+    Mutant('channels-last maps taken as they are', CORE, 'if square and activation.ndim == 4 and', 'if False and',
+        'test_losses.py::test_pictures_that_are_not_square'),
+    Mutant('PKT without eps', RELATION, '((p_t + self.eps)/(p_s + self.eps))', '(p_t/p_s)', 'test_losses.py::test_pkt'),
+    Mutant('PKT at kernel −1 to 1', RELATION, '((directions @ directions.T + 1)/2)', '(directions @ directions.T)',
+        'test_losses.py::test_pkt'),
+    Mutant('RKD without its scale', RELATION, 'return rescaled(d, d.sum()/(d > 0).sum().clamp(min=1))', 'return d',
+        f'{FORMULA}[RKD(distance=25.0, angle=50.0)-0]'),
+    Mutant('autocast on inside a loss', CORE, 'with torch.autocast(_device_type((args, kwargs)), enabled=False): return', 'return',
+        'test_losses.py::test_half_precision'),
+    Mutant('half precision stays half', CORE, 'full = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs',
+        'full = inputs', 'test_losses.py::test_half_precision'),
+    Mutant('float64 is cut to float32', CORE, 'full = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs',
+        'full = inputs.float() if inputs.is_floating_point() else inputs', 'test_losses.py::test_float64_stays'),
+    Mutant('mask has no say', CORE, 'return mean_of(self.rows(student, teacher), mask)', 'return mean_of(self.rows(student, teacher))',
+        'test_losses.py::test_mask'),
+    Mutant('mean over all positions, masked ones too', CORE, '.sum()/mask.sum().clamp(min=1)', '.sum()/len(mask)',
+        'test_losses.py::test_mask'),
+    Mutant('classes expected in dimension 1', CORE, 'return values.movedim(axis, -1).flatten(0, -2)',
+        'return values.movedim(1, -1).flatten(0, -2)',
+        'test_losses.py::test_sequences'),
+    Mutant('lam dropped', CORE, 'return torch.lerp(rows[1], rows[0], lam.flatten())', 'return rows[0]', 'test_losses.py::test_labels'),
+    Mutant('lam the other way round', CORE, 'torch.lerp(rows[1], rows[0], lam.flatten())', 'torch.lerp(rows[0], rows[1], lam.flatten())',
+        'test_losses.py::test_labels'),
+    Mutant('labels that are no classes count', CORE, 'labels[0]), known if mask is None else known & mask)', 'labels[0]), mask)',
+        'test_losses_response.py::test_labels_that_are_no_classes_do_not_count'),
+    Mutant('factors ignored', CORE, 'sum(part.factor*values[part.name] for', 'sum(values[part.name] for', 'test_sums.py::test_factors'),
+    Mutant('scheduled settings not given back', CORE, 'zip(places, before): setattr(owner, name, value)', 'zip(places, before): pass',
+        'test_sums.py::test_setting_is_undone_after_errors'),
+    Mutant('settings not checked in losses', CORE, '        self.check_setting(name, value)\n        super().__setattr__',
+        '        super().__setattr__',
+        'test_losses.py::test_settings_out_of_range')]
+
+MUTANTS = TEACHER + LOOP + ADAPTERS + ACTIVATIONS + LOSSES
+
+# ---- Running them: each in a copy of the project, in a process of its own that finds torch and fastai imported
+
+def mutated(mutant):
+    "The module's source with the defect; a ValueError where a piece of it does not stand there exactly once"
+    source = (ROOT/'fastkd'/mutant.file).read_text()
+    for old, new in ((mutant.old, mutant.new), *mutant.also):
+        if (n := source.count(old)) != 1: raise ValueError(f'{mutant.name}: {n} times in {mutant.file}: {old!r}')
+        source = source.replace(old, new)
+    return source
+
+def run_in(folder, tests):
+    "What pytest returns for `tests` of the copy in `folder`, which holds what it prints, too"
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    sys.dont_write_bytecode = True
+    with open('out.txt', 'w') as out:
+        for stream in 1, 2: os.dup2(out.fileno(), stream)
+        sys.stdout = sys.stderr = out
+        import pytest
+        options = ['-p', 'no:cacheprovider', '-p', 'no:xdist', '-q', '-rA', '--tb=line', '--no-header', '-W', 'ignore']
+        code = int(pytest.main([*options, *tests]))
+        import fastkd
+        assert Path(fastkd.__file__).is_relative_to(folder)
+    return code
+
+def tested(pool, sources, tests):
+    "Run `tests` in a copy of the project that has other `sources`, by name of the module; what pytest returns and prints"
+    with TemporaryDirectory() as folder:
+        copy = Path(folder).resolve()
+        for name in ('fastkd', 'tests'): shutil.copytree(ROOT/name, copy/name, ignore=shutil.ignore_patterns('__pycache__'))
+        shutil.copy(ROOT/'pyproject.toml', copy)
+        for file, source in sources.items(): (copy/'fastkd'/file).write_text(source)
+        code = pool.apply_async(run_in, (str(copy), tests)).get(TIMEOUT)
+        return code, (copy/'out.txt').read_text()
+
+def result(pool, mutant):
+    "What became of a mutant: the named test fails with it, and not because nothing could be imported"
+    try: code, out = tested(pool, {mutant.file: mutated(mutant)}, ['-x', f'tests/{mutant.killed_by}'])
+    except TimeoutError: return 'killed: it hangs'
+    except ValueError as e: return f'STALE: {e}'
+    return {0: 'SURVIVED', 1: 'killed'}.get(code, f'NOT RUN: {out[-400:]}')
+
+def lines_of(out): return re.findall(r'^(PASSED|FAILED|ERROR) (tests/.*?)(?: - .*)?$', out, re.M)
+
+def baseline(pool, mutants):
+    "The named tests that fail without a mutant; pytest's own words where they could not run"
+    code, out = tested(pool, {}, sorted({f'tests/{o.killed_by}' for o in mutants}))
+    if code in (0, 1): return [f'{test} fails without a mutant' for verdict, test in lines_of(out) if verdict != 'PASSED']
+    return [out[-2000:]]
+
+def main(pool, words):
+    chosen = [o for o in MUTANTS if not words or any(word in o.name for word in words)]
+    width, width_test, bad = *(max(len(getattr(o, name)) for o in chosen) for name in ('name', 'killed_by')), 0
+    with ThreadPoolExecutor(N_AT_ONCE) as threads:
+        first, results = threads.submit(baseline, pool, chosen), threads.map(partial(result, pool), chosen)
+        for mutant, said in zip(chosen, results):
+            print(f'{mutant.name:{width}}  {mutant.killed_by:{width_test}}  {said}', flush=True)
+            bad += not said.startswith('killed')
+    for problem in first.result(): print(problem)
+    print(f'{len(chosen) - bad} of {len(chosen)} mutants killed, {len(first.result())} problems without one')
+    return bool(bad or first.result())
+
+def naive(pool, tests):
+    "Which tests notice that the callback is one that was written in an evening"
+    code, out = tested(pool, {CB: (ROOT/'tools'/'naive.py').read_text()}, tests)
+    found = sorted(lines_of(out), key=lambda o: o[1])
+    for verdict, test in found: print(f"{'passes ' if verdict == 'PASSED' else 'NOTICES'}  {test}")
+    print(f"{sum(verdict != 'PASSED' for verdict, _ in found)} of {len(found)} tests notice" if found else out[-3000:])
+    return not found
+
+if __name__ == '__main__':
+    for name, value in dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', PYTHONWARNINGS='ignore').items(): os.environ.setdefault(name, value)
+    forks = get_context('forkserver')
+    forks.set_forkserver_preload(['fastai.learner', 'fastai.vision.learner', 'sklearn.datasets', 'hypothesis', 'pytest'])
+    with forks.Pool(N_AT_ONCE, maxtasksperchild=1) as pool:
+        words = sys.argv[1:]
+        sys.exit(naive(pool, words[1:]) if words[:1] == ['--naive'] else main(pool, words))
