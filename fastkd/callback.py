@@ -21,7 +21,7 @@ from fastai.torch_core import no_random
 from fastcore.basics import detuplify, listify, patch
 from torch import Tensor, nn
 from .advice import quiet_parts, teacher_at_chance
-from .learned import LearnedParts, broadcast
+from .learned import LearnedParts, average, broadcast, broadcast_statistics, together
 from .learners import from_learner
 from .losses.core import Loss, Mixed, Probe, as_sum, loss_name
 from .modules import Captures, evaluating, logits, missing_layer, reset_state, unwrap_model
@@ -94,14 +94,14 @@ def _check_parts(self:KnowledgeDistillationCallback):
 # %% ../nbs/30_callback.ipynb #ef41f985
 @patch
 def _as_teacher(self:KnowledgeDistillationCallback):
-    "Whatever was passed as teacher, on the student's device"
+    "Whatever was passed as teacher"
     teacher, settings = self.teacher, (self.logits, self.teacher_input, self.teacher_dtype)
     if isinstance(teacher, Learner): teacher = from_learner(teacher, self.learn, *settings, axis=self._axis())
     elif isinstance(teacher, nn.Module): teacher = Frozen(teacher, *settings)
     elif not isinstance(teacher, Teacher): raise TypeError(f'a teacher is a module, a Learner or a Teacher, not a {type(teacher).__name__}')
     elif settings != (logits, None, None):
         raise ValueError(f'{teacher} has settings of its own: give it logits, teacher_input and teacher_dtype')
-    return teacher.to(next(self.learn.model.parameters()).device)
+    return teacher
 
 @patch
 def _check_models(self:KnowledgeDistillationCallback, teacher):
@@ -151,7 +151,9 @@ def _mask(self:KnowledgeDistillationCallback):
     return reduce(and_, masks) if masks else None
 
 # %% ../nbs/30_callback.ipynb #bc579592
-def _numbered(dl): return isinstance(dl, DataLoader) and dl.indexed
+def _numbered(dl):
+    dl = vars(dl).get('dl', dl) # the loader that `DistributedDL` shares out
+    return isinstance(dl, DataLoader) and dl.indexed
 
 @patch
 def _index(self:KnowledgeDistillationCallback):
@@ -176,10 +178,11 @@ def before_fit(self:KnowledgeDistillationCallback):
     locked = self.learn.lock.locked()
     if not locked or not _inside_fit(self.learn): self.cleanup()
     if locked or self.teacher is None: return # without a teacher an exported learner still predicts; `before_train` speaks up
-    self._check_settings()
-    self._check_parts()
-    teacher = self._as_teacher()
-    self._check_models(teacher)
+    with together():
+        self._check_settings()
+        self._check_parts()
+        teacher = self._as_teacher()
+        self._check_models(teacher)
     names = lambda side: list(dict.fromkeys(name for part in self.loss.parts for name in getattr(part, side) or []))
     wants = {name for part in self.loss.parts for name in part.wants}
     self._fit = SimpleNamespace(teacher=teacher, students=names('students'), teachers=names('teachers'), wants=wants,
@@ -260,6 +263,7 @@ def _look(self:KnowledgeDistillationCallback):
     one = apply(lambda x: x[:1].as_subclass(Tensor) if isinstance(x, Tensor) else x, tuple(learn.xb))
     autocast = next((cb.autocast for cb in learn.cbs if isinstance(cb, MixedPrecision)), nullcontext())
     fit.axis, fit.captures = self._axis(), Captures(model, fit.students)
+    fit.teacher.to(next(model.parameters()).device) # where `distrib_ctx` has put the student by now
     with no_random(reproducible=False), autocast:
         with evaluating(model), torch.no_grad(), fit.captures: output = model(*one)
         fm_s = fit.captures.take()
@@ -272,9 +276,7 @@ def _look(self:KnowledgeDistillationCallback):
     n_samples = len(learn.dls.train_ds) if _numbered(learn.dls.train) else None
     self.loss.build(Probe(self.logits(output), teacher_pred, fm_s, fm_t, self._target(), fit.axis, square,
         fit.teacher.teacher_module, n_samples))
-    self._start_learning()
     if hasattr(learn, 'recorder'): learn.recorder.distillation = {}
-    fit.ready = True
 
 # %% ../nbs/30_callback.ipynb #e10a6871
 @patch
@@ -333,7 +335,10 @@ def _takes_part(self:KnowledgeDistillationCallback):
 def before_batch(self:KnowledgeDistillationCallback):
     "Listen to the student's layers"
     if not self._takes_part(): return
-    if not self._fit.ready: self._look()
+    if not self._fit.ready:
+        with together(): self._look()
+        self._start_learning()
+        self._fit.ready = True
     if self._fit.students: self._fit.captures.__enter__()
 
 @patch
@@ -447,12 +452,18 @@ def _watch(self:KnowledgeDistillationCallback, distillation, given):
 @patch
 def after_train(self:KnowledgeDistillationCallback):
     "Read the flag of the epoch, and move what was recorded off the device"
+    fit = self._fit
     for values in getattr(getattr(self.learn, 'recorder', None), 'distillation', {}).values():
         pending = [value for value in values if isinstance(value, Tensor)] # this epoch's, at the end
-        if pending: values[-len(pending):] = torch.stack(pending).tolist()
-    if self._fit is not None and self._fit.blamed is not None and self._fit.blamed:
-        raise RuntimeError("the distillation loss was not finite in this epoch though the student's predictions were: "
-            f"{self._fit.teacher}, {self.loss}")
+        if pending: values[-len(pending):] = average(torch.stack(pending)).tolist()
+    if fit is None: return
+    device = next(self.learn.model.parameters()).device
+    for name, value in fit.sums.items(): fit.sums[name] = average(torch.as_tensor(value, device=device))
+    broadcast_statistics(self.loss)
+    with together():
+        if fit.blamed is not None and fit.blamed:
+            raise RuntimeError(f"the distillation loss was not finite in this epoch though the student's predictions were: {fit.teacher}, "
+                f"{self.loss}")
 
 @patch
 def before_backward(self:KnowledgeDistillationCallback):
