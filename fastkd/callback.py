@@ -269,6 +269,7 @@ def _look(self:KnowledgeDistillationCallback):
         fm_s = fit.captures.take()
         self._check_captured(fm_s)
         teacher_pred, fm_t = fit.teacher.outputs(one, fit.teachers, pred=fit.wants_pred)
+    fit.shapes = {name: tuple(value.shape[1:]) for name, value in fm_s.items()}
     reset_state(model)
     fit.teacher.reset()
     self._check_finite(teacher_pred, fm_t)
@@ -339,7 +340,9 @@ def before_batch(self:KnowledgeDistillationCallback):
         with together(): self._look()
         self._start_learning()
         self._fit.ready = True
-    if self._fit.students: self._fit.captures.__enter__()
+    if not self._fit.students: return
+    self._fit.captures.model = unwrap_model(self.learn.model) # which pruning or quantization may have replaced
+    self._fit.captures.__enter__()
 
 @patch
 def after_pred(self:KnowledgeDistillationCallback):
@@ -379,7 +382,7 @@ def _blend(self:KnowledgeDistillationCallback):
     task_weight = self._left_for_task(weight)
     with torch.set_grad_enabled(weight > 0 or is_first), self.loss.setting(numbers):
         given = self._given()
-        parts = self.loss.values(**given)
+        parts = self._compare(given)
         distillation = self.loss.total(parts)
     if weight > 0:
         learn.loss_grad = (task_weight*task + weight*distillation).to(task.dtype) # a teacher in float64 does not change it
@@ -397,6 +400,18 @@ def _given(self:KnowledgeDistillationCallback):
     mask, index = self._mask() if 'mask' in fit.wants else None, self._index() if 'index' in fit.wants else None
     return dict(pred=self.logits(learn.pred), teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=self._target(), mask=mask,
         index=index, axis=fit.axis)
+
+# %% ../nbs/30_callback.ipynb #b1d7c3e5
+@patch
+def _compare(self:KnowledgeDistillationCallback, given):
+    "The value of each part; an error names a student layer that is no longer what it was"
+    try: return self.loss.values(**given)
+    except (RuntimeError, ValueError) as e:
+        changed = {name: tuple(value.shape[1:]) for name, value in given['fm_s'].items() if value.shape[1:] != self._fit.shapes[name]}
+        if not changed: raise
+        name, shape = next(iter(changed.items()))
+        raise ValueError(f"student layer '{name}' returned {self._fit.shapes[name]} per sample when this fit began, and {shape} now: {e}. "
+            'Where pruning narrows a layer, let it leave this one alone, or compare it by a loss without an adapter, such as Attention') from e
 
 # %% ../nbs/30_callback.ipynb #27ac8767
 @patch

@@ -49,7 +49,7 @@ def run(kd, *cbs, **kwargs):
     return dict(student=weights(learn.model), learned={**kd.loss.state_dict()}, steps=seen, table=[list(row) for row in learn.recorder.values],
         recorded=learn.recorder.distillation, opt=kd.state_dict()['opt'], is_same_teacher=same(weights(kd.teacher), teacher))
 
-def fitnet(**kwargs): return KD(SoftTarget() + 10*FitNet(), schedule={'weight': cos, 'T': SchedLin(8, 1)}, **kwargs)
+def adapted(): return KD(SoftTarget() + 10*FitNet(), schedule={'weight': cos, 'T': SchedLin(8, 1)})
 
 def error(*teachers, **kwargs):
     "What each process says, each with a teacher of its own"
@@ -58,10 +58,10 @@ def error(*teachers, **kwargs):
         with learn.distrib_ctx(cpu=True, sync_bn=False): learn.fit(1, cbs=kd)
     except Exception as e: return dict(kind=type(e).__name__, text=str(e))
 
-def broken(value=float('nan')):
+def broken():
     "A teacher whose answers are no numbers"
     model = seeded(convnet, 16)
-    nn.init.constant_(model.head[3].bias, value)
+    nn.init.constant_(model.head[3].bias, float('nan'))
     return model
 
 def cut_short():
@@ -75,7 +75,7 @@ def cut_short():
 
 def saved():
     "How many files each process writes"
-    learn, kd = learner(path=Path('saved')), fitnet()
+    learn, kd = learner(path=Path('saved')), adapted()
     with patch.object(torch, 'save', wraps=torch.save) as save:
         with learn.distrib_ctx(cpu=True, sync_bn=False): learn.fit(1, cbs=[kd, SaveModelCallback('distillation_loss', fname='best')])
         learn.save('last')
@@ -88,18 +88,18 @@ def example():
     return dict(student=weights(learn.model), learned={**kd.loss.state_dict()}, table=[list(row) for row in learn.recorder.values],
         files=sorted(str(path) for path in Path().rglob('*.pth')))
 
-RUNS = dict(
-    fitnet=lambda: run(fitnet()),
-    accumulated=lambda: run(fitnet(), GradientAccumulation(40//N_RANKS), GradientClip(.1), bs=5),
-    queue=lambda: run(KD(CRD(dim=8, negatives=12)), n=45, shuffle=True),
-    banks=lambda: run(KD(CRD(dim=8, negatives=6, form='nce')), n=19, shuffle=True),
-    adversarial=lambda: run(KD(AdversarialFeatures())),
-    statistics=lambda: run(KD(SRRL(['head.3']))),
-    not_finite=lambda: error(seeded(convnet, 16), broken()),
-    setting=lambda: error(seeded(convnet, 16), seeded(convnet, 16), weight=(.5, 2.)),
-    saved=saved, example=example)
+def fitnet(): return run(adapted())
+def accumulated(): return run(adapted(), GradientAccumulation(40//N_RANKS), GradientClip(.1), bs=5)
+def queue(): return run(KD(CRD(dim=8, negatives=12)), n=45, shuffle=True)
+def banks(): return run(KD(CRD(dim=8, negatives=6, form='nce')), n=19, shuffle=True)
+def adversarial(): return run(KD(AdversarialFeatures()))
+def statistics(): return run(KD(SRRL(['head.3'])))
+def not_finite(): return error(seeded(convnet, 16), broken())
+def setting(): return error(seeded(convnet, 16), seeded(convnet, 16), weight=(.5, 2.))
+
+RUNS = {make.__name__: make for make in (fitnet, accumulated, queue, banks, adversarial, statistics, not_finite, setting, saved, example)}
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
     os.chdir(sys.argv[1])
-    for name in sys.argv[2:] or RUNS: torch.save(RUNS[name](), f'{name}.{RANK}')
+    for name in sys.argv[2:] or RUNS: torch.save((RUNS | dict(cut_short=cut_short))[name](), f'{name}.{RANK}')

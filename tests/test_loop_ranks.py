@@ -1,9 +1,9 @@
 "Two processes on one machine, as `torchrun` and `accelerate launch` start them. They talk by gloo, on a CPU: nothing here has run on a GPU."
-import os, pytest, ranks, re, shlex, socket, subprocess, sys, torch
+import os, pytest, ranks, re, shlex, subprocess, sys, torch
 from fastai.basics import SGD
 from fastkd.all import *
 from functools import partial
-from helpers import At, convnet, fitted, furthest, learner, n_hooks, same, seeded, shows, trained_teacher, weights
+from helpers import At, fitted, furthest, learner, n_hooks, same, shows, trained_teacher, weights
 from torch import nn
 
 EXAMPLE = ranks.ROOT/'examples'/'distributed.py'
