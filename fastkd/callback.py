@@ -21,7 +21,7 @@ from fastai.torch_core import find_bs, find_device, get_model, get_random_states
 from fastcore.basics import detuplify, listify, patch
 from torch import Tensor, nn
 from .advice import classes_that_coexist, quiet_parts, teacher_at_chance
-from .learned import LearnedParts, broadcast, scaler_of
+from .learned import LearnedParts, average, broadcast, broadcast_statistics, scaler_of, together
 from .learners import from_learner
 from .losses.core import Loss, Mixed, Probe, Sum, as_sum, loss_name
 from .modules import Captures, evaluating, logits, missing_layer, reset_state, unwrap_model
@@ -101,14 +101,14 @@ def _check_parts(self:KnowledgeDistillationCallback):
 # %% ../nbs/30_callback.ipynb #ef41f985
 @patch
 def _as_teacher(self:KnowledgeDistillationCallback):
-    "Whatever was passed as teacher, on the student's device"
+    "Whatever was passed as teacher"
     teacher, settings = self.teacher, (self.logits, self.teacher_input, self.teacher_dtype)
     _check_kind(teacher)
     if isinstance(teacher, Learner): teacher = from_learner(teacher, self.learn, *settings, axis=self._axis())
     elif isinstance(teacher, nn.Module): teacher = Frozen(teacher, *settings)
     elif settings != (logits, None, None):
         raise ValueError(f'{teacher} has settings of its own: give it logits, teacher_input and teacher_dtype')
-    return teacher.to(next(self.learn.model.parameters()).device)
+    return teacher
 
 @patch
 def _check_models(self:KnowledgeDistillationCallback, teacher):
@@ -160,7 +160,9 @@ def _mask(self:KnowledgeDistillationCallback):
     return reduce(and_, masks) if masks else None
 
 # %% ../nbs/30_callback.ipynb #bc579592
-def _numbered(dl): return isinstance(dl, DataLoader) and dl.indexed
+def _numbered(dl):
+    dl = vars(dl).get('dl', dl) # the loader that `DistributedDL` shares out
+    return isinstance(dl, DataLoader) and dl.indexed
 
 @patch
 def _index(self:KnowledgeDistillationCallback):
@@ -185,10 +187,11 @@ def before_fit(self:KnowledgeDistillationCallback):
     locked = self.learn.lock.locked()
     if not locked or not _inside_fit(self.learn): self.cleanup()
     if locked or self.teacher is None: return # without a teacher an exported learner still predicts; `before_train` speaks up
-    self._check_settings()
-    self._check_parts()
-    teacher = self._as_teacher()
-    self._check_models(teacher)
+    with together():
+        self._check_settings()
+        self._check_parts()
+        teacher = self._as_teacher()
+        self._check_models(teacher)
     names = lambda side: list(dict.fromkeys(name for part in self.loss.parts for name in getattr(part, side) or []))
     wants = {name for part in self.loss.parts for name in part.wants}
     self._fit = SimpleNamespace(teacher=teacher, students=names('students'), teachers=names('teachers'), wants=wants,
@@ -277,11 +280,13 @@ def _look(self:KnowledgeDistillationCallback):
     one = apply(lambda x: x[:1].as_subclass(Tensor) if isinstance(x, Tensor) else x, tuple(learn.xb))
     autocast = next((cb.autocast for cb in learn.cbs if isinstance(cb, MixedPrecision)), nullcontext())
     fit.axis, fit.captures = self._axis(), Captures(model, fit.students)
+    fit.teacher.to(next(model.parameters()).device) # where `distrib_ctx` has put the student by now
     with no_random(reproducible=False), autocast:
         with evaluating(model), torch.no_grad(), fit.captures: output = model(*one)
         fm_s = fit.captures.take()
         self._check_captured(fm_s)
         teacher_pred, fm_t = self._ask_once(one)
+    fit.shapes = {name: tuple(value.shape[1:]) for name, value in fm_s.items()}
     reset_state(model)
     fit.teacher.reset()
     self._check_finite(teacher_pred, fm_t)
@@ -289,9 +294,7 @@ def _look(self:KnowledgeDistillationCallback):
     n_samples = len(learn.dls.train_ds) if _numbered(learn.dls.train) else None
     self.loss.build(Probe(self.logits(output), teacher_pred, fm_s, fm_t, self._target(), fit.axis, square,
         fit.teacher.teacher_module, n_samples))
-    self._start_learning()
     if hasattr(learn, 'recorder') and not fit.suffix: learn.recorder.distillation = {}
-    fit.ready = True
 
 # %% ../nbs/30_callback.ipynb #e10a6871
 @patch
@@ -361,8 +364,13 @@ def _takes_part(self:KnowledgeDistillationCallback):
 def before_batch(self:KnowledgeDistillationCallback):
     "Listen to the student's layers"
     if not self._takes_part(): return
-    if not self._fit.ready: self._look()
-    if self._fit.students: self._fit.captures.__enter__()
+    if not self._fit.ready:
+        with together(): self._look()
+        self._start_learning()
+        self._fit.ready = True
+    if not self._fit.students: return
+    self._fit.captures.model = unwrap_model(self.learn.model) # which pruning or quantization may have replaced
+    self._fit.captures.__enter__()
 
 @patch
 def after_pred(self:KnowledgeDistillationCallback):
@@ -402,7 +410,7 @@ def _blend(self:KnowledgeDistillationCallback):
     task_weight = self._left_for_task(weight)
     with torch.set_grad_enabled(weight > 0 or is_first), self.loss.setting(numbers):
         given = self._given()
-        parts = self.loss.values(**given)
+        parts = self._compare(given)
         distillation = self.loss.total(parts)
     if weight > 0:
         learn.loss_grad = (task_weight*task + weight*distillation).to(task.dtype) # a teacher in float64 does not change it
@@ -420,6 +428,18 @@ def _given(self:KnowledgeDistillationCallback):
     mask, index = self._mask() if 'mask' in fit.wants else None, self._index() if 'index' in fit.wants else None
     return dict(pred=self.logits(learn.pred), teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=self._target(), mask=mask,
         index=index, axis=fit.axis)
+
+# %% ../nbs/30_callback.ipynb #b1d7c3e5
+@patch
+def _compare(self:KnowledgeDistillationCallback, given):
+    "The value of each part; an error names a student layer that is no longer what it was"
+    try: return self.loss.values(**given)
+    except (RuntimeError, ValueError) as e:
+        changed = {name: tuple(value.shape[1:]) for name, value in given['fm_s'].items() if value.shape[1:] != self._fit.shapes[name]}
+        if not changed: raise
+        name, shape = next(iter(changed.items()))
+        raise ValueError(f"student layer '{name}' returned {self._fit.shapes[name]} per sample when this fit began, and {shape} now: {e}. "
+            'Where pruning narrows a layer, let it leave this one alone, or compare it by a loss without an adapter, such as Attention') from e
 
 # %% ../nbs/30_callback.ipynb #27ac8767
 @patch
@@ -475,12 +495,18 @@ def _watch(self:KnowledgeDistillationCallback, distillation, given):
 @patch
 def after_train(self:KnowledgeDistillationCallback):
     "Read the flag of the epoch, and move what was recorded off the device"
+    fit = self._fit
     for values in getattr(getattr(self.learn, 'recorder', None), 'distillation', {}).values():
         pending = [value for value in values if isinstance(value, Tensor)] # this epoch's, at the end
-        if pending: values[-len(pending):] = torch.stack(pending).tolist()
-    if self._fit is not None and self._fit.blamed is not None and self._fit.blamed:
-        raise RuntimeError("the distillation loss was not finite in this epoch though the student's predictions were: "
-            f"{self._fit.teacher}, {self.loss}")
+        if pending: values[-len(pending):] = average(torch.stack(pending)).tolist()
+    if fit is None: return
+    device = next(self.learn.model.parameters()).device
+    for name, value in fit.sums.items(): fit.sums[name] = average(torch.as_tensor(value, device=device))
+    broadcast_statistics(self.loss)
+    with together():
+        if fit.blamed is not None and fit.blamed:
+            raise RuntimeError(f"the distillation loss was not finite in this epoch though the student's predictions were: {fit.teacher}, "
+                f"{self.loss}")
 
 @patch
 def before_backward(self:KnowledgeDistillationCallback):

@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from fastai.callback.hook import Hooks
 from fastai.torch_core import no_random
@@ -89,7 +90,10 @@ def missing_layer(
     name:str, # A layer that returned nothing
 ) -> ValueError: # To be raised
     "The error for a layer without output: there is none of that name, or it did not run"
-    if get_module_by_name(model, name) is not None: return ValueError(f"{side} layer '{name}' did not run in the {side}'s forward pass")
+    if (layer := get_module_by_name(model, name)) is not None:
+        said, inside = f"{side} layer '{name}' did not run in the {side}'s forward pass", [path for path, _ in layer.named_modules() if path]
+        if not inside or not isinstance(unwrap_model(model), GraphModule): return ValueError(said)
+        return ValueError(f"{said}: a model traced by torch.fx runs only its innermost layers, such as '{name}.{inside[0]}'")
     if near := nearest_names(model, name): return ValueError(f"the {side} has no layer '{name}'; nearest: {', '.join(near)}")
     names = ', '.join(get_model_layers(model)[:5])
     return ValueError(f"the {side} has no layer '{name}'; its layers: {names}, …, all of them by get_model_layers({side})")
@@ -141,14 +145,14 @@ class Captures:
         names, # Layer names or fields of the model's output, in the order in which `take` returns them
     ):
         self.model, self.names = unwrap_model(model), list(dict.fromkeys(names))
-        self.layers = {name: get_module_by_name(self.model, name) for name in self.names}
         self.copies = {} # (name, training) -> whether a later in-place operation makes a copy necessary
         self.stop_after, self.counted, self.handles = None, None, []
         self.clear()
 
     def __enter__(self):
         self.clear()
-        modules = {name: module for name, module in self.layers.items() if module is not None}
+        layers = {name: get_module_by_name(self.model, name) for name in self.names} # looked up anew: quantization replaces layers
+        modules = {name: module for name, module in layers.items() if module is not None}
         if len(modules) < len(self.names): modules[''] = self.model # the root returns the fields
         for name, module in modules.items():
             module = unwrap_model(module)

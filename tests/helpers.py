@@ -178,3 +178,6 @@ class OnCPU(MixedPrecision):
         half = self.amp_mode == AMPMode.FP16
         self.autocast = torch.autocast('cpu', dtype=torch.float16 if half else torch.bfloat16)
         self.learn.scaler, self.scales = torch.amp.GradScaler('cpu', enabled=half, **self.scaler_args), []
+
+# notebook 40 builds its table from these lines and the docstrings
+def shows(line): return lambda test: test

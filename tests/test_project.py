@@ -98,7 +98,7 @@ def findings(*paths, **env): # the number that chkstyle ends with
 def test_lines_are_short():
     "What is written here, in notebooks as elsewhere, has lines of 140 characters at most; prose may be longer"
     code = {path: [''.join(o['source']) for o in json.loads(path.read_text())['cells'] if o['cell_type'] == 'code'] for path in NBS}
-    code |= {path: [path.read_text()] for folder in ('tests', 'tools', 'benchmarks') for path in (ROOT/folder).glob('*.py')}
+    code |= {path: [path.read_text()] for folder in ('tests', 'tools', 'benchmarks', 'examples') for path in (ROOT/folder).glob('*.py')}
     lines = [(path.name, line) for path, texts in code.items() for text in texts for line in text.splitlines()]
     assert [(name, line[:60]) for name, line in lines if len(line) > 140 and not line.startswith('#| fig-alt')] == []
 
@@ -106,9 +106,9 @@ def test_style(tmp_path):
     "The checker finds nothing, without pragmas and settings that would silence it, and finds what is planted"
     (tmp_path/'planted.py').write_text('if planted:\n    found()\n')
     assert findings(tmp_path, XDG_CONFIG_HOME=str(tmp_path)) == 1
-    assert findings('nbs', 'tests', 'tools', 'benchmarks', XDG_CONFIG_HOME=str(tmp_path)) == 0
+    assert findings('nbs', 'tests', 'tools', 'benchmarks', 'examples', XDG_CONFIG_HOME=str(tmp_path)) == 0
     assert 'tool.chkstyle' not in (ROOT/'pyproject.toml').read_text()
-    sources = [*NBS, *ROOT.glob('tests/**/*.py'), *ROOT.glob('tools/*.py'), *ROOT.glob('benchmarks/*.py')]
+    sources = [*NBS, *ROOT.glob('tests/**/*.py'), *ROOT.glob('tools/*.py'), *ROOT.glob('benchmarks/*.py'), *ROOT.glob('examples/*.py')]
     assert [p.name for p in sources if re.search(r'chkstyle:\s*(ignore|off|skip)', p.read_text())] == []
 
 # ---- The package

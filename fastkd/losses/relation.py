@@ -227,7 +227,8 @@ class SampleBanks(nn.Module):
 
     def remember(self, s, t, index, log_z, momentum):
         s, t, index = map(gather_rows, (s, t, index))
-        for bank, new in ((self.bank_s, s), (self.bank_t, t)): bank[index] = unit(momentum*bank[index] + (1 - momentum)*new)
+        first = (index[:, None] == index).int().argmax(1) # a sample that comes twice is written twice: the same, in whatever order
+        for bank, new in ((self.bank_s, s[first]), (self.bank_t, t[first])): bank[index] = unit(momentum*bank[index] + (1 - momentum)*new)
         self.log_z = log_z
 
 # %% ../../nbs/13_losses.relation.ipynb #d13a58d1
