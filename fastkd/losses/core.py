@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from itertools import chain, count
 from numbers import Number
-from operator import and_
+from operator import add, and_
 from typing import NamedTuple
 
 import torch, torch.nn.functional as F
@@ -115,7 +115,7 @@ def _full_precision(inputs):
     "Plain tensors, and those of half precision as float32, wherever they stand"
     if isinstance(inputs, Tensor):
         full = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
-        return full.as_subclass(Tensor)
+        return full if type(full) is Tensor else full.as_subclass(Tensor)
     if isinstance(inputs, Mapping): return {key: _full_precision(item) for key, item in inputs.items()}
     if isinstance(inputs, tuple) and hasattr(inputs, '_fields'): return type(inputs)(*map(_full_precision, inputs))
     return type(inputs)(map(_full_precision, inputs)) if isinstance(inputs, (tuple, list)) else inputs
@@ -162,7 +162,8 @@ def to_rows(
 ) -> Tensor: # `(N, n_classes)`, a view where the memory allows it
     "All positions one below the other"
     if values.ndim == 1: return values[:, None]
-    return values.movedim(axis, -1).flatten(0, -2)
+    if axis not in (-1, values.ndim - 1): values = values.movedim(axis, -1)
+    return values.flatten(0, -2)
 
 def mean_of(
     values:Tensor, # `(N,)`
@@ -195,7 +196,11 @@ class ResponseLoss(Loss):
         axis:int=1, # Dimension that holds the classes
     ) -> Tensor: # A scalar
         student, teacher, mask = self.counted(pred, teacher_pred, mask, axis)
-        return mean_of(self.rows(student, teacher), mask)
+        return self.mean(student, teacher) if mask is None else mean_of(self.rows(student, teacher), mask)
+
+    def mean(self, student, teacher):
+        "The mean of all rows; override it where torch computes it in one step"
+        return self.rows(student, teacher).mean()
 
     def counted(self, pred, teacher_pred, mask, axis):
         "Rows of both models and their mask; a row that does not count is zero, whatever stands there"
@@ -298,8 +303,12 @@ class PairLoss(Loss):
         fm_s:dict, # Student's activations by layer name (a list or a single tensor does, too)
         fm_t:dict, # Teacher's activations, as many, in the same order
     ) -> Tensor: # A scalar
+        return self.total(fm_s, fm_t)
+
+    def total(self, fm_s, fm_t, **given):
+        "The values of all pairs, added up; `pair` gets what is given besides"
         pairs = self.pairs(fm_s, fm_t)
-        return sum(self.pair(s, t, *part) for (s, t), part in zip(pairs, self.parts_for(len(pairs))))
+        return reduce(add, (self.pair(s, t, *part, **given) for (s, t), part in zip(pairs, self.parts_for(len(pairs)))))
 
     def parts_for(self, n_pairs):
         "What was learned for each pair, as further arguments of `pair`"
@@ -330,7 +339,7 @@ def unit(
 ) -> Tensor: # `(N, D)`, each row of length 1; a row without direction is zero, and so is its gradient
     "Rows divided by their Euclidean length"
     length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return rows/torch.where(length > eps, length, math.inf)
+    return rows/length.masked_fill(length <= eps, math.inf)
 
 # %% ../../nbs/10_losses.core.ipynb #c5001a2b
 def channels_first(activation, square=True):

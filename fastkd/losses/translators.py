@@ -49,8 +49,9 @@ class VID(_Translated):
         return mean
 
     def pair(self, student, teacher, mean):
-        variance = (F.softplus(mean.rho) + 1e-5).reshape(-1, *[1]*(teacher.ndim - 2))
-        return ((mean(student) - teacher)**2/variance + variance.log()).mean()/2
+        precision = 1/(F.softplus(mean.rho) + 1e-5)
+        square = (mean(student) - teacher)**2*precision.reshape(-1, *[1]*(teacher.ndim - 2))
+        return (square.mean() - precision.log().mean())/2
 
 # %% ../../nbs/17_losses.translators.ipynb #059e5b70
 def _convs(channels, n_dims):
@@ -275,6 +276,7 @@ class AdversarialFeatures(_Translated):
 
     def pair(self, student, teacher, part):
         student = part['adapter'](student)
-        student = 2*student.detach() - student # the same value, the opposite gradient
+        student = student.view_as(student)
+        if student.requires_grad: student.register_hook(torch.neg) # the same value, the opposite gradient
         says_s, says_t = part['discriminator'](student), part['discriminator'](teacher)
         return (F.softplus(says_s) + F.softplus(-says_t)).mean()/2
