@@ -104,7 +104,7 @@ def difference_of_pairs(
     teacher, # The teacher's
 ): # A scalar, the mean over all `bs*bs` entries
     "Mean squared difference of two tables of similarity"
-    return F.mse_loss(student, teacher)
+    return 2*F.mse_loss(student.triu(1), teacher.triu(1))
 
 class CorrelationCongruence(RelationLoss):
     "Squared difference of a Gaussian kernel's Taylor series between samples (Peng et al. 2019)"

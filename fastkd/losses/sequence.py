@@ -9,7 +9,7 @@ __all__ = ['TokenLoss', 'mapped_layers', 'check_layer_map', 'MappedLoss', 'Embed
 # %% ../../nbs/14_losses.sequence.ipynb #9daa37e5
 import math, torch, torch.nn.functional as F
 from fastcore.basics import store_attr
-from .core import PairLoss, fit_mask
+from .core import PairLoss, counted_rows
 from torch import Tensor, nn
 
 # %% ../../nbs/14_losses.sequence.ipynb #3f372617
@@ -26,11 +26,8 @@ class TokenLoss(PairLoss):
 
     def pair(self, student, teacher, *part, mask=None):
         student, teacher = student.movedim(self.place, 1), teacher.movedim(self.place, 1)
-        if mask is not None:
-            places = fit_mask(mask, student.shape[:2]).nonzero(as_tuple=True)
-            student, teacher = student[places], teacher[places]
-            if len(student) == 0: return student.sum() # 0, where nothing counts
-        return self.compare(student, teacher, *part)
+        if mask is not None: student, teacher = counted_rows(mask, student.shape[:2], student.flatten(0, 1), teacher.flatten(0, 1))
+        return self.compare(student, teacher, *part) if len(student) else student.sum() # 0, where nothing counts
 
     def bring(self, student, teacher):
         "Refuse activations without common positions"
