@@ -187,12 +187,11 @@ def fit_mask(
     raise ValueError(f'a mask of shape {tuple(mask.shape)} does not tell which of {tuple(shape)} positions count')
 
 def counted_rows(
-    mask:Tensor, # Positions that count; None counts every position
+    mask:Tensor, # Positions that count
     shape:tuple, # `(bs, ...)` of the positions that are compared
     *values, # Tensors with a row for each of these positions
 ) -> tuple: # Their rows that count
     "Only what counts: padding costs no arithmetic, and what stands there is never looked at"
-    if mask is None: return values
     places = fit_mask(mask, shape).flatten().nonzero()[:, 0]
     return tuple(o.index_select(0, places) for o in values)
 
@@ -251,17 +250,17 @@ class LabelledResponseLoss(ResponseLoss):
         axis:int=1, # Dimension that holds the classes
     ) -> Tensor: # A scalar
         labels = [class_index(y, pred.shape, axis) for y in (target[:2] if isinstance(target, Mixed) else [target])]
-        rows = *self.both_rows(pred, teacher_pred, axis), *(y.flatten() for y in labels), *self.shares(target, labels[0], pred.dtype)
-        student, teacher, *labels = counted_rows(mask, mask if mask is None else row_shape(pred, axis), *rows)
-        shares = labels[2:]
-        known = reduce(and_, [(0 <= y) & (y < student.shape[1]) for y in labels[:2]]) # -100 and 255 are no classes
-        values = [self.rows(student, teacher, y.where(known, 0)) for y in labels[:2]]
-        return mean_of(torch.lerp(values[1], values[0], shares[0]) if shares else values[0], known)
+        lam = self.shares(target, labels[0], pred)
+        rows = *self.both_rows(pred, teacher_pred, axis), lam.flatten(), *(y.flatten() for y in labels)
+        student, teacher, lam, *labels = rows if mask is None else counted_rows(mask, row_shape(pred, axis), *rows)
+        known = reduce(and_, [(0 <= y) & (y < student.shape[1]) for y in labels]) # -100 and 255 are no classes
+        values = [self.rows(student, teacher, y.where(known, 0)) for y in labels]
+        return mean_of(torch.lerp(values[-1], values[0], lam) if len(values) > 1 else values[0], known)
 
-    def shares(self, target, y, dtype):
-        "The share of the first label at each position of mixed samples"
-        if not isinstance(target, Mixed): return []
-        return [torch.as_tensor(target.lam, dtype=dtype, device=y.device).reshape(-1, *[1]*(y.ndim - 1)).expand_as(y).flatten()]
+    def shares(self, target, y, like):
+        "The share of the first label at each position"
+        lam = torch.as_tensor(target.lam if isinstance(target, Mixed) else 1., dtype=like.dtype, device=y.device)
+        return lam.reshape(-1, *[1]*(y.ndim - 1)).expand_as(y)
 
     def check(self, probe):
         super().check(probe)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SoftTarget', 'kl_rows', 'log_probs', 'probs', 'finite', 'kl_of_logs', 'standardized', 'Logits', 'Mutual',
-           'split_by_target', 'DecoupledKD', 'NormalizedKD', 'centred_unit', 'decorrelation', 'DIST',
+           'split_by_target', 'DecoupledKD', 'NormalizedKD', 'standard_scores', 'decorrelation', 'DIST',
            'WeightedSoftLabel', 'HardLabel', 'Divergence', 'BinaryKD', 'SoftMAE']
 
 # %% ../../nbs/11_losses.response.ipynb #e9c72a38
@@ -87,10 +87,9 @@ def split_by_target(
     target, # Classes `(N,)`
 ): # Logits `(N, 2)`; log-probabilities `(N, n_classes)`, 0 at the target, where they add nothing to a divergence
     "The target against all others together, and the others among themselves"
-    is_target = target[:, None] == torch.arange(logits.shape[1], device=logits.device)
-    others = logits.masked_fill(is_target, -math.inf)
-    two = torch.cat([logits.gather(1, target[:, None]), others.logsumexp(1, keepdim=True)], 1)
-    return two, F.log_softmax(others, dim=1).masked_fill(is_target, 0.)
+    is_target, of_target = target[:, None] == torch.arange(logits.shape[1], device=logits.device), logits.gather(1, target[:, None])
+    logits = logits.masked_fill(is_target, -math.inf)
+    return torch.cat([of_target, logits.logsumexp(1, keepdim=True)], 1), F.log_softmax(logits, dim=1).masked_fill(is_target, 0.)
 
 class DecoupledKD(LabelledResponseLoss):
     "KL divergence in two parts, of the target class and among all others, times T² (Zhao et al. 2022, eq. 7)"
@@ -104,7 +103,7 @@ class DecoupledKD(LabelledResponseLoss):
         store_attr()
 
     def rows(self, student, teacher, target):
-        (two_s, others_s), (two_t, others_t) = (split_by_target(finite(o/self.T), target) for o in (student, teacher))
+        (two_s, others_s), (two_t, others_t) = split_by_target(student/self.T, target), split_by_target(finite(teacher/self.T), target)
         return self.T**2 * (self.alpha*kl_rows(two_s, two_t) + self.beta*kl_of_logs(others_s, others_t))
 
 # %% ../../nbs/11_losses.response.ipynb #ce692c81
@@ -124,23 +123,27 @@ class NormalizedKD(LabelledResponseLoss):
         return -log_t.exp()*log_s - self.gamma*self.T**2 * (others_t.exp()*others_s).sum(1)
 
 # %% ../../nbs/11_losses.response.ipynb #e2dbb3f9
-def centred_unit(
-    log_values, # Logarithms of the values `(N, n)`
-): # `(N, n)`, zero where a row is constant; and which are, `(N, 1)`
-    "Rows of values minus their mean, divided by their length"
-    info, n = torch.finfo(log_values.dtype), log_values.shape[1]
-    values = (log_values - log_values.detach().amax(1, keepdim=True).clamp(min=info.min)).exp() # no class is too rare
-    units, mean, inverse = torch.native_layer_norm(values, (n,), None, None, info.tiny)
-    is_constant = mean*inverse >= 1/(64*info.eps)
-    return units.masked_fill(is_constant, 0.)/n**.5, is_constant
+def standard_scores(
+    log_values, # Logarithms of the values `(N, n_classes)`
+    dim, # 1 for each row, 0 for each column
+): # Values `(N, n_classes)`, and which rows or columns are constant
+    "Rows or columns with mean 0 and variance 1"
+    info = torch.finfo(log_values.dtype)
+    values = (log_values - log_values.detach().amax(dim, keepdim=True).clamp(min=info.min)).exp_() # no column underflows
+    if dim == 1: units, mean, inverse = torch.native_layer_norm(values, values.shape[1:], None, None, info.tiny)
+    else: units, mean, inverse = torch.native_batch_norm(values, None, None, None, None, True, 0., info.tiny)
+    return units, mean.detach()*inverse.detach() >= 1/(64*info.eps)
 
 def decorrelation(
-    log_s, # Logarithms of the student's probabilities `(N, n)`
+    log_s, # Logarithms of the student's probabilities `(N, n_classes)`
     log_t, # Logarithms of the teacher's
+    dim, # 1 for each row, 0 for each column
 ): # A scalar between 0 and 2
-    "One minus the correlation of rows of `exp(log_s)` and `exp(log_t)`, their mean: half the squared distance of their directions"
-    (unit_s, is_constant_s), (unit_t, is_constant_t) = centred_unit(log_s), centred_unit(log_t)
-    return (F.mse_loss(unit_s, unit_t, reduction='sum') + (is_constant_s ^ is_constant_t).sum())/(2*len(log_s))
+    "One minus the correlation of `exp(log_s)` and `exp(log_t)` along `dim`, on average: half the squared distance of their directions"
+    (unit_t, is_constant_t), (unit_s, is_constant_s) = standard_scores(log_t, dim), standard_scores(log_s, dim)
+    apart = unit_s.sub_(unit_t).mul_(~(is_constant_s | is_constant_t))
+    del unit_s, unit_t # memory that the next line can use
+    return apart.square().sum()/(2*apart.numel()) + (is_constant_s ^ is_constant_t).sum()/is_constant_s.numel()
 
 # %% ../../nbs/11_losses.response.ipynb #bf9ec1e4
 class DIST(ResponseLoss):
@@ -156,7 +159,7 @@ class DIST(ResponseLoss):
 
     def mean(self, student, teacher):
         log_s, log_t = log_probs(student, self.T), log_probs(teacher, self.T)
-        return self.T**2 * (self.beta*decorrelation(log_s, log_t) + self.gamma*decorrelation(log_s.T, log_t.T))
+        return self.T**2 * (self.beta*decorrelation(log_s, log_t, 1) + self.gamma*decorrelation(log_s, log_t, 0))
 
 # %% ../../nbs/11_losses.response.ipynb #eec34d4c
 class WeightedSoftLabel(LabelledResponseLoss):

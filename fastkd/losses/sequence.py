@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 # %% ../../nbs/14_losses.sequence.ipynb #3f372617
 class TokenLoss(PairLoss):
-    "Base of losses on sequences: implement `compare(student, teacher) -> scalar`, a mean over positions `(..., features)`"
-    layout, place = ('bs', 'seq', 'features'), 1 # Dimensions of an activation, and which of them is the sequence; `compare` gets it second
+    "Base of losses on sequences: implement `compare(student, teacher) -> scalar`, a mean over positions"
+    layout, place = ('bs', 'seq', 'features'), 1 # Dimensions of an activation, and which of them is the sequence
 
     def forward(self,
         fm_s:dict, # Student's activations by layer name, each `(bs, seq, features)`
@@ -25,8 +25,9 @@ class TokenLoss(PairLoss):
         return self.total(fm_s, fm_t, mask=mask)
 
     def pair(self, student, teacher, *part, mask=None):
-        student, teacher = student.movedim(self.place, 1), teacher.movedim(self.place, 1)
-        if mask is not None: student, teacher = counted_rows(mask, student.shape[:2], student.flatten(0, 1), teacher.flatten(0, 1))
+        if mask is not None:
+            student, teacher = student.movedim(self.place, 1), teacher.movedim(self.place, 1)
+            student, teacher = counted_rows(mask, student.shape[:2], student.flatten(0, 1), teacher.flatten(0, 1))
         return self.compare(student, teacher, *part) if len(student) else student.sum() # 0, where nothing counts
 
     def bring(self, student, teacher):
@@ -111,20 +112,21 @@ class AttentionMaps(MappedLoss):
         "Log-probabilities, of all heads or of their mean"
         if self.input == 'probabilities':
             tiny = torch.finfo(maps.dtype).tiny
-            return F.threshold(maps.mean(-2, keepdim=True) if average else maps, tiny, tiny).log()
+            return F.threshold(maps.mean(1, keepdim=True) if average else maps, tiny, tiny).log()
         log_maps = maps.log_softmax(-1)
         if not average: return log_maps
         finite = log_maps.clamp(min=torch.finfo(maps.dtype).min) # where all heads are -inf, `logsumexp` has no gradient
-        return finite.logsumexp(-2, keepdim=True) - math.log(maps.shape[-2])
+        return finite.logsumexp(1, keepdim=True) - math.log(maps.shape[1])
 
     def compare(self, student, teacher):
         n_s, n_t = student.shape[-1], teacher.shape[-1]
         if n_s != n_t: raise ValueError(f'{n_s} keys of the student, {n_t} of the teacher')
-        average = student.shape[-2] != teacher.shape[-2]
-        log_s, log_t = self.log_maps(student, average), self.log_maps(teacher, average)
-        if self.input == 'scores': return torch.where(log_t > -math.inf, log_t.exp()*(log_t - log_s), 0.).sum(-1).mean()
-        if average: teacher = teacher.mean(-2, keepdim=True)
-        return (teacher*log_t.sub_(log_s)).sum(-1).mean()
+        average = student.shape[1] != teacher.shape[1]
+        if self.input == 'scores':
+            log_s, log_t = self.log_maps(student, average), self.log_maps(teacher, average)
+            return torch.where(log_t > -math.inf, log_t.exp()*(log_t - log_s), 0.).sum()/log_t[..., 0].numel()
+        ratio = self.log_maps(teacher, average).sub_(self.log_maps(student, average))
+        return ((teacher.mean(1, keepdim=True) if average else teacher)*ratio).sum()/ratio[..., 0].numel()
 
 # %% ../../nbs/14_losses.sequence.ipynb #467c0714
 class CosineHidden(TokenLoss):
