@@ -39,9 +39,9 @@ class BoxRegression(TokenLoss):
         positives = self.positives(target).bool()
         return positives if mask is None else positives & fit_mask(mask, positives.shape)
 
-    def positions(self, student, teacher):
+    def compare(self, student, teacher):
         if student.shape != teacher.shape: raise ValueError(f'boxes of {student.shape[-1]} and {teacher.shape[-1]} coordinates')
-        return F.smooth_l1_loss(student, teacher, reduction='none', beta=self.beta).mean(-1)
+        return F.smooth_l1_loss(student, teacher, beta=self.beta)
 
     def check(self, probe):
         super().check(probe)

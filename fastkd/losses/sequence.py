@@ -9,12 +9,12 @@ __all__ = ['TokenLoss', 'mapped_layers', 'check_layer_map', 'MappedLoss', 'Embed
 # %% ../../nbs/14_losses.sequence.ipynb #9daa37e5
 import math, torch, torch.nn.functional as F
 from fastcore.basics import store_attr
-from .core import PairLoss, fit_mask, mean_of, unit
+from .core import PairLoss, counted_rows
 from torch import Tensor, nn
 
 # %% ../../nbs/14_losses.sequence.ipynb #3f372617
 class TokenLoss(PairLoss):
-    "Base of losses on sequences: implement `positions(student, teacher) -> (bs, seq)`; the mean over what counts, added up over pairs"
+    "Base of losses on sequences: implement `compare(student, teacher) -> scalar`, a mean over positions"
     layout, place = ('bs', 'seq', 'features'), 1 # Dimensions of an activation, and which of them is the sequence
 
     def forward(self,
@@ -22,15 +22,13 @@ class TokenLoss(PairLoss):
         fm_t:dict, # Teacher's activations, with the same positions
         mask:Tensor=None, # `(bs, seq)` bool, positions that count; `(bs,)` speaks of whole samples
     ) -> Tensor: # A scalar; 0 where no position counts
-        pairs = self.pairs(fm_s, fm_t)
-        return sum(self.pair(s, t, *part, mask=mask) for (s, t), part in zip(pairs, self.parts_for(len(pairs))))
+        return self.total(fm_s, fm_t, mask=mask)
 
     def pair(self, student, teacher, *part, mask=None):
         if mask is not None:
-            shape = [size if dim in (0, self.place) else 1 for dim, size in enumerate(student.shape)]
-            mask = fit_mask(mask, (shape[0], shape[self.place]))
-            student, teacher = (torch.where(mask.reshape(shape), o, 0.) for o in (student, teacher))
-        return mean_of(self.positions(student, teacher, *part).flatten(), mask)
+            student, teacher = student.movedim(self.place, 1), teacher.movedim(self.place, 1)
+            student, teacher = counted_rows(mask, student.shape[:2], student.flatten(0, 1), teacher.flatten(0, 1))
+        return self.compare(student, teacher, *part) if len(student) else student.sum() # 0, where nothing counts
 
     def bring(self, student, teacher):
         "Refuse activations without common positions"
@@ -82,12 +80,12 @@ class Embeddings(TokenLoss):
         widths = [(s.shape[-1], t.shape[-1]) for s, t in self.pairs(probe.fm_s, probe.fm_t)]
         return nn.ModuleList(nn.Identity() if n_s == n_t else nn.Linear(n_s, n_t) for n_s, n_t in widths)
 
-    def positions(self, student, teacher, adapter=None):
+    def compare(self, student, teacher, adapter=None):
         if adapter is not None: student = adapter(student)
         if student.shape != teacher.shape:
             n_s, n_t = student.shape[-1], teacher.shape[-1]
             raise ValueError(f'{n_s} features of the student, {n_t} of the teacher, and no adapter between them')
-        return F.mse_loss(student, teacher, reduction='none').mean(-1)
+        return F.mse_loss(student, teacher)
 
 # %% ../../nbs/14_losses.sequence.ipynb #4375d034
 class HiddenStates(MappedLoss, Embeddings):
@@ -113,28 +111,31 @@ class AttentionMaps(MappedLoss):
     def log_maps(self, maps, average):
         "Log-probabilities, of all heads or of their mean"
         if self.input == 'probabilities':
-            if average: maps = maps.mean(1, keepdim=True)
-            return maps.clamp(min=torch.finfo(maps.dtype).tiny).log()
+            tiny = torch.finfo(maps.dtype).tiny
+            return F.threshold(maps.mean(1, keepdim=True) if average else maps, tiny, tiny).log()
         log_maps = maps.log_softmax(-1)
         if not average: return log_maps
         finite = log_maps.clamp(min=torch.finfo(maps.dtype).min) # where all heads are -inf, `logsumexp` has no gradient
         return finite.logsumexp(1, keepdim=True) - math.log(maps.shape[1])
 
-    def positions(self, student, teacher):
-        n_s, n_t = student.shape[3], teacher.shape[3]
+    def compare(self, student, teacher):
+        n_s, n_t = student.shape[-1], teacher.shape[-1]
         if n_s != n_t: raise ValueError(f'{n_s} keys of the student, {n_t} of the teacher')
         average = student.shape[1] != teacher.shape[1]
-        log_s, log_t = self.log_maps(student, average), self.log_maps(teacher, average)
-        if self.input == 'scores': return torch.where(log_t > -math.inf, log_t.exp()*(log_t - log_s), 0.).sum(-1).mean(1)
-        return ((teacher.mean(1, keepdim=True) if average else teacher)*(log_t - log_s)).sum(-1).mean(1)
+        if self.input == 'scores':
+            log_s, log_t = self.log_maps(student, average), self.log_maps(teacher, average)
+            return torch.where(log_t > -math.inf, log_t.exp()*(log_t - log_s), 0.).sum()/log_t[..., 0].numel()
+        ratio = self.log_maps(teacher, average).sub_(self.log_maps(student, average))
+        return ((teacher.mean(1, keepdim=True) if average else teacher)*ratio).sum()/ratio[..., 0].numel()
 
 # %% ../../nbs/14_losses.sequence.ipynb #467c0714
 class CosineHidden(TokenLoss):
     "One minus the cosine between hidden states, mean over positions (Sanh et al. 2019, section 2)"
     usual_weight = 1
-    def positions(self, student, teacher):
+    def compare(self, student, teacher):
         if student.shape != teacher.shape:
             n_s, n_t = student.shape[-1], teacher.shape[-1]
             raise ValueError(f'{n_s} features of the student, {n_t} of the teacher: there is no angle between them')
-        cosines = (unit(student.flatten(0, 1))*unit(teacher.flatten(0, 1))).sum(1)
-        return 1 - cosines.reshape(student.shape[:2])
+        len_s, len_t = (torch.linalg.vector_norm(o, dim=-1) for o in (student, teacher))
+        scale = (len_s*len_t).masked_fill((len_s <= 1e-12) | (len_t <= 1e-12), math.inf) # without a direction, without a gradient
+        return 1 - ((student*teacher).sum(-1)/scale).mean()

@@ -49,8 +49,9 @@ class VID(_Translated):
         return mean
 
     def pair(self, student, teacher, mean):
-        variance = (F.softplus(mean.rho) + 1e-5).reshape(-1, *[1]*(teacher.ndim - 2))
-        return ((mean(student) - teacher)**2/variance + variance.log()).mean()/2
+        precision = 1/(F.softplus(mean.rho) + 1e-5)
+        square = (mean(student) - teacher)**2*precision.reshape(-1, *[1]*(teacher.ndim - 2))
+        return (square.mean() - precision.log().mean())/2
 
 # %% ../../nbs/17_losses.translators.ipynb #059e5b70
 def _convs(channels, n_dims):
@@ -265,6 +266,13 @@ class SRRL(_Translated):
         except RuntimeError as e: raise ValueError(f"{self}: the head does not take the teacher's pooled activation: {e}") from e
 
 # %% ../../nbs/17_losses.translators.ipynb #59d8e1f6
+class _Opposed(torch.autograd.Function):
+    "The same value, the opposite gradient"
+    @staticmethod
+    def forward(ctx, value): return value.view_as(value)
+    @staticmethod
+    def backward(ctx, grad): return -grad
+
 class AdversarialFeatures(_Translated):
     "Cross-entropy of a discriminator between teacher and student, whose gradient reaches the student with the opposite sign"
     usual_weight = .01
@@ -274,7 +282,5 @@ class AdversarialFeatures(_Translated):
         return nn.ModuleDict(dict(adapter=make_adapter(student, teacher), discriminator=discriminator))
 
     def pair(self, student, teacher, part):
-        student = part['adapter'](student)
-        student = 2*student.detach() - student # the same value, the opposite gradient
-        says_s, says_t = part['discriminator'](student), part['discriminator'](teacher)
+        says_s, says_t = part['discriminator'](_Opposed.apply(part['adapter'](student))), part['discriminator'](teacher)
         return (F.softplus(says_s) + F.softplus(-says_t)).mean()/2
