@@ -108,6 +108,7 @@ def _as_teacher(self:KnowledgeDistillationCallback):
     elif isinstance(teacher, nn.Module): teacher = Frozen(teacher, *settings)
     elif settings != (logits, None, None):
         raise ValueError(f'{teacher} has settings of its own: give it logits, teacher_input and teacher_dtype')
+    else: teacher = teacher.for_student(self.learn, self._axis())
     return teacher.to(next(self.learn.model.parameters()).device)
 
 @patch
@@ -238,6 +239,7 @@ def _mean(self:KnowledgeDistillationCallback, name):
 def cleanup(self:KnowledgeDistillationCallback):
     "Take away hooks and columns, and forget the fit; safe at any time"
     fit, self._fit = self._fit, None
+    if fit is not None: fit.teacher.flush()
     if fit is not None and fit.captures is not None: fit.captures.remove()
     if fit is not None and fit.before is not None: self._restore(fit.before) # what `lr_find` taught, also if it failed
     if self.learn is not None: self.learn.metrics = self.learn.metrics.filter(lambda metric: getattr(metric, 'cb', None) is not self)
