@@ -71,7 +71,7 @@ class Memory:
         for field in block.tensors: self.places.setdefault(field, {}).update((key, (block, row)) for row, key in enumerate(block.keys))
         while self.n_bytes > self.max_bytes: self.drop(next(iter(self.blocks.values())))
 
-# %% ../nbs/23_cache.ipynb #23c0000c
+# %% ../nbs/23_cache.ipynb #23c0000d
 @patch
 def drop(self:Memory, block):
     "Let a block go"
@@ -92,7 +92,7 @@ def find(self:Memory, fields, key):
     found = [self.places.get(field, {}).get(key) for field in fields]
     return None if None in found else found
 
-# %% ../nbs/23_cache.ipynb #23c0000f
+# %% ../nbs/23_cache.ipynb #23c00010
 def _safetensors():
     try: import safetensors.torch
     except ImportError as e: raise ImportError('a cache on disk needs safetensors: pip install fastkd[cache]') from e
@@ -114,7 +114,7 @@ def write_block(
     os.replace(part, file)
     return read_block(file)
 
-# %% ../nbs/23_cache.ipynb #23c00010
+# %% ../nbs/23_cache.ipynb #23c00012
 def read_block(
     file:Path, # Written by `write_block`
 ) -> Block: # With tensors that are read from the file as they are needed
@@ -136,8 +136,8 @@ def read_folder(
         raise ValueError(f'{file} is damaged: delete it, and what it held will be computed again')
     return [read_block(file) for file in files]
 
-# %% ../nbs/23_cache.ipynb #23c00013
-def _weights(teacher): return [(name, o) for model in teacher.modules() for f in (model.named_parameters, model.named_buffers) for name, o in f()]
+# %% ../nbs/23_cache.ipynb #23c00015
+def _weights(teacher): return [named for model in teacher.modules() for named in (*model.named_parameters(), *model.named_buffers())]
 
 def _described(setting):
     "What tells a setting from others in another run, too; None where nothing does"
@@ -151,8 +151,8 @@ def identity(
     "A digest of all that a teacher's answers depend on, but the input"
     settings = _described(teacher.settings())
     if settings is None and on_disk:
-        raise ValueError(f'{teacher}: a function that finds its prediction has no name by which another run could know it: define it at the '
-            'top level of a module')
+        raise ValueError(f'{teacher}: a function that finds its prediction has no name by which another run could know it: '
+            'define it at the top level of a module')
     digest = hashlib.blake2b(settings or str(id(teacher)).encode(), digest_size=16)
     for model in teacher.modules(): digest.update(repr(model).encode())
     for name, value in _weights(teacher):
@@ -160,7 +160,7 @@ def identity(
         digest.update(_raw(value[None]).cpu().numpy())
     return digest.hexdigest()
 
-# %% ../nbs/23_cache.ipynb #23c00016
+# %% ../nbs/23_cache.ipynb #23c00018
 class CachedTeacher(Teacher):
     "A teacher that remembers what it answered to which input"
     def __init__(self,
@@ -185,7 +185,7 @@ class CachedTeacher(Teacher):
         "How often an answer was known, how often not, and what is kept"
         return dict(hits=self.hits, misses=self.misses, samples=self.memory.n_samples, bytes=self.memory.n_bytes)
 
-# %% ../nbs/23_cache.ipynb #23c00017
+# %% ../nbs/23_cache.ipynb #23c0001a
 @patch
 def outputs(self:CachedTeacher, xb, layers=(), pred=True): return self.answer(self.seen(xb), layers, pred)
 
@@ -214,7 +214,7 @@ def answer(self:CachedTeacher,
         fresh = {field: _merged(field, column, new, fresh.get(field), _device(inputs)) for field, column in zip(fields, columns)}
     return fresh.get('pred'), {name: fresh[f'layer {name}'] for name in layers}
 
-# %% ../nbs/23_cache.ipynb #23c00018
+# %% ../nbs/23_cache.ipynb #23c0001b
 def _device(inputs): return next(_tensors(inputs)).device
 
 def _pick(inputs, rows): return apply(lambda o: o[rows] if isinstance(o, Tensor) else o, inputs)
@@ -228,7 +228,7 @@ def _merged(field, places, new, fresh, device):
     merged[known], merged[new] = rows, fresh
     return merged
 
-# %% ../nbs/23_cache.ipynb #23c00019
+# %% ../nbs/23_cache.ipynb #23c0001d
 @patch
 def _keys(self:CachedTeacher, inputs):
     "A key for each sample: whose answer, to what kind of input, to which content"
@@ -248,7 +248,7 @@ def _identity(self:CachedTeacher):
     if versions != self.versions: self.identity, self.versions = identity(self.teacher, self.path is not None), versions
     return self.identity
 
-# %% ../nbs/23_cache.ipynb #23c0001a
+# %% ../nbs/23_cache.ipynb #23c0001e
 @patch
 def _ask(self:CachedTeacher, inputs, new, fields, layers, pred):
     "The teacher's answer for some rows of a batch, by field"
@@ -266,7 +266,7 @@ def _ask(self:CachedTeacher, inputs, new, fields, layers, pred):
 
 def _in_order(teacher_pred, activations, layers, pred): return [teacher_pred]*pred + [activations[name] for name in layers]
 
-# %% ../nbs/23_cache.ipynb #23c0001b
+# %% ../nbs/23_cache.ipynb #23c00020
 @patch
 def _check_alone(self:CachedTeacher, alone, together):
     "A sample has the same answer alone and among others"
@@ -275,8 +275,8 @@ def _check_alone(self:CachedTeacher, alone, together):
         tol = 1e-3 if among.dtype in (torch.float32, torch.float64) else 5e-2
         size = among[among.isfinite()].abs().max().item() if among.isfinite().any() else 0.
         if one.shape == among.shape and torch.allclose(one.float(), among.float(), tol, tol*size, equal_nan=True): continue
-        raise ValueError(f"the teacher's {field} depends on more than the sample: alone it answers otherwise than in a batch, so its answers "
-            'cannot be kept. Pass the teacher without a cache')
+        raise ValueError(f"the teacher's {field} depends on more than the sample: alone it answers otherwise than in a batch, "
+            'so its answers cannot be kept. Pass the teacher without a cache')
 
 @patch
 def _keep(self:CachedTeacher, keys, fresh):
@@ -286,7 +286,7 @@ def _keep(self:CachedTeacher, keys, fresh):
     self.n_pending += block.n_bytes
     if self.path and self.n_pending > min(SHARD_BYTES, self.memory.max_bytes//8): self.flush()
 
-# %% ../nbs/23_cache.ipynb #23c0001d
+# %% ../nbs/23_cache.ipynb #23c00022
 @patch
 def reset(self:CachedTeacher):
     "Begin a new epoch: the time to ask whether remembering is worth it"
@@ -302,10 +302,10 @@ def _give_up(self:CachedTeacher, asked):
     "Say that nothing repeats, and step aside"
     self.repeats = False
     for block in [block for block in self.memory.blocks.values() if block.file is None]: self.memory.drop(block)
-    warnings.warn(f"of {asked} inputs in the last epoch the teacher had seen almost none before, so their answers are no longer kept. Random "
+    warnings.warn(f'of {asked} inputs in the last epoch the teacher had seen almost none before, so answers are no longer kept. Random '
         'augmentation does that: leave it out to train with a cache, or take the teacher without one, at the same price', stacklevel=2)
 
-# %% ../nbs/23_cache.ipynb #23c0001e
+# %% ../nbs/23_cache.ipynb #23c00024
 SHARD_BYTES = 2**26 # blocks of a batch each are written together, in files of about 64 MB
 
 @patch
@@ -326,7 +326,7 @@ def to(self:CachedTeacher, device):
     if self.teacher is not None: self.teacher.to(device)
     return self
 
-# %% ../nbs/23_cache.ipynb #23c0001f
+# %% ../nbs/23_cache.ipynb #23c00026
 @patch
 def for_student(self:CachedTeacher, learn, axis=1):
     "A teacher that was given as a `Learner` speaks the student's language from here on"
@@ -340,7 +340,7 @@ def modules(self:CachedTeacher): return self.teacher.modules()
 @patch
 def teacher_module(self:CachedTeacher, name): return self.teacher.teacher_module(name)
 
-# %% ../nbs/23_cache.ipynb #23c00021
+# %% ../nbs/23_cache.ipynb #23c00028
 @patch
 def precompute(self:CachedTeacher,
     dl, # A fastai `DataLoader`, such as `dls.train`, or anything that yields batches of inputs and labels
