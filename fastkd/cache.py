@@ -297,6 +297,9 @@ def reset(self:CachedTeacher):
     if self.repeats and hits < .01*asked and asked <= known: self._give_up(asked)
     self.epoch_start = self.hits, self.misses, self.memory.n_samples
 
+@patch(as_prop=True)
+def live(self:CachedTeacher): return self.teacher.live
+
 @patch
 def _give_up(self:CachedTeacher, asked):
     "Say that nothing repeats, and step aside"

@@ -115,6 +115,8 @@ def _as_teacher(self:KnowledgeDistillationCallback):
 def _check_models(self:KnowledgeDistillationCallback, teacher):
     "The student is no part of its teacher, and one process runs it on one device"
     model = self.learn.model
+    if teacher.wants_index and not _numbered(self.learn.dls.train):
+        raise ValueError(f'{teacher} needs the positions of samples in the dataset, which these loaders do not supply')
     if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
         raise ValueError('DataParallel over several devices mixes up the activations of its replicas: train with '
             '`with learn.distrib_ctx(): learn.fit(...)` instead')
@@ -160,6 +162,12 @@ def _mask(self:KnowledgeDistillationCallback):
 
 # %% ../nbs/30_callback.ipynb #bc579592
 def _numbered(dl): return isinstance(dl, DataLoader) and dl.indexed
+
+@patch
+def _ask(self:KnowledgeDistillationCallback, teacher, xb):
+    "The teacher's answer for a batch, or for its first samples"
+    index = dict(index=self._index()[:len(xb[0])]) if teacher.wants_index else {}
+    return teacher.outputs(xb, self._fit.teachers, pred=self._fit.wants_pred, **index)
 
 @patch
 def _index(self:KnowledgeDistillationCallback):
@@ -273,7 +281,7 @@ def _look(self:KnowledgeDistillationCallback):
         with evaluating(model), torch.no_grad(), fit.captures: output = model(*one)
         fm_s = fit.captures.take()
         self._check_captured(fm_s)
-        teacher_pred, fm_t = fit.teacher.outputs(one, fit.teachers, pred=fit.wants_pred)
+        teacher_pred, fm_t = self._ask(fit.teacher.live, one)
     reset_state(model)
     fit.teacher.reset()
     self._check_finite(teacher_pred, fm_t)
@@ -396,7 +404,7 @@ def _blend(self:KnowledgeDistillationCallback):
 def _given(self:KnowledgeDistillationCallback):
     "All that the losses ask for"
     fit, learn = self._fit, self.learn
-    teacher_pred, fm_t = fit.teacher.outputs(learn.xb, fit.teachers, pred=fit.wants_pred)
+    teacher_pred, fm_t = self._ask(fit.teacher, learn.xb)
     fm_s, fit.activations = fit.activations, {}
     mask, index = self._mask() if 'mask' in fit.wants else None, self._index() if 'index' in fit.wants else None
     return dict(pred=self.logits(learn.pred), teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=self._target(), mask=mask,

@@ -25,6 +25,7 @@ class Teacher:
         "Answer for a batch"
         raise TypeError(f'{type(self).__name__} has no `outputs(xb, layers, pred=True)`')
 
+    wants_index = False # Whether `outputs` takes the samples' positions in the dataset, too, as `index=`
     def seen(self, xb): return xb
     def answer(self, inputs, layers=(), pred=True): return self.outputs(inputs, layers, pred)
     def to(self, device): return self
@@ -32,6 +33,7 @@ class Teacher:
     def flush(self): "Write down what is to outlive the fit, for teachers that remember"
     def for_student(self, learn, axis=1): return self
     def settings(self): return ()
+    live = property(lambda self: self, doc='The teacher without a memory')
     def modules(self): return []
     def teacher_module(self, name): raise ValueError(f"{self} has no layers, and '{name}' was asked for")
 
