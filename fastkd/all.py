@@ -1,4 +1,5 @@
 "Everything that a notebook user needs: `from fastkd.all import *`"
+from fastkd.cache import CachedTeacher
 from fastkd.callback import *
 from fastkd.losses.core import *
 from fastkd.losses.dense import *
@@ -10,4 +11,5 @@ from fastkd.losses.translators import *
 from fastkd.losses.zoo import *
 from fastkd.modules import *
 from fastkd.schedules import *
+from fastkd.stored import StoredTeacher
 from fastkd.teachers import *

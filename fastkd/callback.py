@@ -108,12 +108,15 @@ def _as_teacher(self:KnowledgeDistillationCallback):
     elif isinstance(teacher, nn.Module): teacher = Frozen(teacher, *settings)
     elif settings != (logits, None, None):
         raise ValueError(f'{teacher} has settings of its own: give it logits, teacher_input and teacher_dtype')
+    else: teacher = teacher.for_student(self.learn, self._axis())
     return teacher
 
 @patch
 def _check_models(self:KnowledgeDistillationCallback, teacher):
     "The student is no part of its teacher, and one process runs it on one device"
     model = self.learn.model
+    if teacher.wants_index and not _numbered(self.learn.dls.train):
+        raise ValueError(f'{teacher} needs the positions of samples in the dataset, which these loaders do not supply')
     if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
         raise ValueError('DataParallel over several devices mixes up the activations of its replicas: train with '
             '`with learn.distrib_ctx(): learn.fit(...)` instead')
@@ -163,6 +166,12 @@ def _mask(self:KnowledgeDistillationCallback):
 def _numbered(dl):
     dl = vars(dl).get('dl', dl) # the loader that `DistributedDL` shares out
     return isinstance(dl, DataLoader) and dl.indexed
+
+@patch
+def _ask(self:KnowledgeDistillationCallback, teacher, xb):
+    "The teacher's answer for a batch, or for its first samples"
+    index = dict(index=self._index()[:len(xb[0])]) if teacher.wants_index else {}
+    return teacher.outputs(xb, self._fit.teachers, pred=self._fit.wants_pred, **index)
 
 @patch
 def _index(self:KnowledgeDistillationCallback):
@@ -251,6 +260,7 @@ def _mean(self:KnowledgeDistillationCallback, name):
 def cleanup(self:KnowledgeDistillationCallback):
     "Take away hooks and columns, and forget the fit; safe at any time"
     fit, self._fit = self._fit, None
+    if fit is not None: fit.teacher.flush()
     if fit is not None and fit.captures is not None: fit.captures.remove()
     if fit is not None and fit.before is not None: self._restore(fit.before) # what `lr_find` taught, also if it failed
     if self.learn is not None: self.learn.metrics = self.learn.metrics.filter(lambda metric: getattr(metric, 'cb', None) is not self)
@@ -301,7 +311,7 @@ def _look(self:KnowledgeDistillationCallback):
 def _ask_once(self:KnowledgeDistillationCallback, one):
     "The teacher's answer for one sample, or an error that says who failed on what"
     fit = self._fit
-    try: return fit.teacher.outputs(one, fit.teachers, pred=fit.wants_pred)
+    try: return self._ask(fit.teacher.live, one)
     except (AttributeError, LookupError, RuntimeError, TypeError) as e:
         shapes = ', '.join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in one)
         raise (TypeError if isinstance(e, TypeError) else ValueError)(f"{fit.teacher} fails on a sample of the student's batch, of shape "
@@ -423,7 +433,7 @@ def _blend(self:KnowledgeDistillationCallback):
 def _given(self:KnowledgeDistillationCallback):
     "All that the losses ask for"
     fit, learn = self._fit, self.learn
-    teacher_pred, fm_t = fit.teacher.outputs(learn.xb, fit.teachers, pred=fit.wants_pred)
+    teacher_pred, fm_t = self._ask(fit.teacher, learn.xb)
     fm_s, fit.activations = fit.activations, {}
     mask, index = self._mask() if 'mask' in fit.wants else None, self._index() if 'index' in fit.wants else None
     return dict(pred=self.logits(learn.pred), teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=self._target(), mask=mask,

@@ -17,7 +17,7 @@ from .modules import Captures, StopForward, evaluating, get_module_by_name, logi
 
 # %% ../nbs/20_teachers.ipynb #66433353
 class Teacher:
-    "Anything that answers `outputs`; the rest is for teachers that hold models"
+    "Anything that answers `outputs`; the rest is for teachers that hold models, or remember"
     def outputs(self,
         xb:tuple, # The batch as the student sees it
         layers=(), # Names of layers whose activations are wanted
@@ -26,8 +26,15 @@ class Teacher:
         "Answer for a batch"
         raise TypeError(f'{type(self).__name__} has no `outputs(xb, layers, pred=True)`')
 
+    wants_index = False # Whether `outputs` takes the samples' positions in the dataset, too, as `index=`
+    def seen(self, xb): return xb
+    def answer(self, inputs, layers=(), pred=True): return self.outputs(inputs, layers, pred)
     def to(self, device): return self
-    def reset(self): "Begin a new sequence, for recurrent models"
+    def reset(self): "Begin a new epoch, and a new sequence for recurrent models"
+    def flush(self): "Write down what is to outlive the fit, for teachers that remember"
+    def for_student(self, learn, axis=1): return self
+    def settings(self): return ()
+    live = property(lambda self: self, doc='The teacher without a memory')
     def modules(self): return []
     def teacher_module(self, name): raise ValueError(f"{self} has no layers, and '{name}' was asked for")
 
@@ -40,11 +47,13 @@ class Frozen(Teacher):
         inputs:Callable=None, # `inputs(*xb)` turns the student's batch into this model's input: a tensor or a tuple
         dtype:torch.dtype=None, # Autocast for this model alone, whatever the student does; None leaves the student's setting
     ):
-        if not isinstance(module, nn.Module): raise TypeError(f'a teacher is a module or a Learner, not {type(module).__name__}')
+        if not isinstance(module, nn.Module): raise TypeError(f'a frozen teacher is a module, not {type(module).__name__}')
         self.module, self.logits, self.inputs, self.dtype = module, logits, inputs, dtype
         self.captures = {} # layer names -> `Captures`, which remember what they learned about these layers
 
     def __repr__(self): return f'Frozen({type(unwrap_model(self.module)).__name__})'
+
+    def settings(self): return self.logits, self.dtype
 
     def outputs(self,
         xb:tuple, # The batch as the student sees it
@@ -52,6 +61,14 @@ class Frozen(Teacher):
         pred:bool=True, # Whether the prediction is wanted, too
     ) -> tuple: # The prediction, `(bs, n_classes, ...)` (None unless wanted), and the activations by name
         "Answer for a batch, in one pass through the model"
+        return self.answer(self.seen(xb), layers, pred)
+
+    def answer(self,
+        inputs:tuple, # The model's own input
+        layers=(), # Names of layers whose activations are wanted
+        pred:bool=True, # Whether the prediction is wanted, too
+    ) -> tuple: # As `outputs`
+        "What the model says to an input of its own"
         layers = tuple(layers)
         if not pred and not layers: return None, {}
         if layers not in self.captures: self.captures[layers] = Captures(self.module, layers)
@@ -60,7 +77,7 @@ class Frozen(Teacher):
         captures.stop_after = captures.counted if can_stop else None
         output = None
         with evaluating(self.module), torch.no_grad(), self._autocast(), captures:
-            try: output = self.module(*self._inputs(xb))
+            try: output = self.module(*inputs)
             except StopForward: pass
             activations = captures.take()
         if missing := [name for name in layers if name not in activations]: raise self._missing(missing[0])
@@ -68,7 +85,10 @@ class Frozen(Teacher):
 
 # %% ../nbs/20_teachers.ipynb #a55a2bd0
 @patch
-def _inputs(self:Frozen, xb):
+@torch.no_grad()
+def seen(self:Frozen,
+    xb:tuple, # The batch as the student sees it
+) -> tuple:
     "The model's own input for a batch, in the precision of its weights"
     if self.inputs is not None: xb = self.inputs(*xb)
     xb = xb if isinstance(xb, (tuple, list)) else (xb,)
