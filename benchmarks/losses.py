@@ -308,26 +308,27 @@ def pyramid(fm_s, fm_t):
 CASES = dict(SoftTarget=(logits, soft_target), SoftTarget_standardize=(logits, of_standardized, dict(standardize=True)),
     SoftTarget_mask=(partly, of_counted), Logits=(logits, mse_of_logits), Mutual=(logits, mutual), DecoupledKD=(labelled, decoupled),
     NormalizedKD=(labelled, normalized), DIST=(logits, correlations), WeightedSoftLabel=(labelled, weighted_soft_label),
-    HardLabel=(logits, hard_label), Divergence_reverse=(logits, reverse_kl), Divergence_js=(logits, jensen_shannon, dict(kind='js')),
+    HardLabel=(logits, hard_label))
+CASES |= dict(Divergence_reverse=(logits, reverse_kl), Divergence_js=(logits, jensen_shannon, dict(kind='js')),
     Divergence_tv=(logits, total_variation, dict(kind='tv')), Divergence_forward=(logits, forward_kl, dict(kind='forward')),
     BinaryKD=(logits, binary), SoftMAE=(logits, soft_mae), FitNet=(maps, fitnet),
-    FitNet_normalize=(maps, normalized_maps, dict(normalize=True)), FitNet_adapter=(wide_maps, adapted), Attention=(maps, attention),
-    Attention_power=(maps, attention_of_power, dict(p=4)), Attention_paper=(maps, attention_of_paper, dict(form='paper')),
+    FitNet_normalize=(maps, normalized_maps, dict(normalize=True)), FitNet_adapter=(wide_maps, adapted), Attention=(maps, attention))
+CASES |= dict(Attention_power=(maps, attention_of_power, dict(p=4)), Attention_paper=(maps, attention_of_paper, dict(form='paper')),
     ActivationBoundaries=(maps, boundaries), MarginReLU=(maps, margin_relu), FSP=(two_maps, fsp), ChannelWise=(maps, channel_wise),
-    NST=(maps, nst), NST_few_positions=(few_positions, nst), VID=(small_maps, vid), FactorTransfer=(small_maps, factors_of_convs),
-    FactorTransfer_as_they_are=(maps, factors, dict(rate=None)), MaskedGenerative=(small_maps, masked_generative),
+    NST=(maps, nst), NST_few_positions=(few_positions, nst), VID=(small_maps, vid), FactorTransfer=(small_maps, factors_of_convs))
+CASES |= dict(FactorTransfer_as_they_are=(maps, factors, dict(rate=None)), MaskedGenerative=(small_maps, masked_generative),
     MaskedGenerative_channel=(small_maps, partial(masked_generative, ratio=.15, hide='channel'), dict(ratio=.15, mask='channel')),
     ReviewKD=(stages, review), SRRL=(classified, srrl, dict(head='head')), AdversarialFeatures=(small_maps, adversarial),
-    Similarity=(rows, similarity), Similarity_many_rows=(many_rows, similarity), PKT=(rows, pkt), PKT_many_rows=(many_rows, pkt),
-    RKD=(rows, rkd), RKD_max=(rows, partial(rkd, normalize='max'), dict(normalize='max')),
+    Similarity=(rows, similarity), Similarity_many_rows=(many_rows, similarity), PKT=(rows, pkt), PKT_many_rows=(many_rows, pkt))
+CASES |= dict(RKD=(rows, rkd), RKD_max=(rows, partial(rkd, normalize='max'), dict(normalize='max')),
     RKD_distance=(rows, partial(rkd, angle=0), dict(angle=0)), CorrelationCongruence=(rows, congruence),
     CorrelationCongruence_many_rows=(many_rows, congruence), Gram=(rows, gram), Gram_many_rows=(many_rows, gram),
-    CosineSimilarity=(rows, cosines), CosineSimilarity_many_rows=(many_rows, cosines), Contrastive=(rows, contrastive),
-    Contrastive_many_rows=(many_rows, contrastive), Contrastive_maps=(wide_maps, contrastive_maps), CRD_queue=(rows, crd),
+    CosineSimilarity=(rows, cosines), CosineSimilarity_many_rows=(many_rows, cosines), Contrastive=(rows, contrastive))
+CASES |= dict(Contrastive_many_rows=(many_rows, contrastive), Contrastive_maps=(wide_maps, contrastive_maps), CRD_queue=(rows, crd),
     CRD_nce=(numbered, crd_nce, dict(form='nce')), InstanceGraph=(rows, instance_graph),
     InstanceGraph_edges=(rows, graph_edges, dict(vertices=0)), Embeddings=(tokens, fitnet), Embeddings_mask=(words, counted_tokens),
-    HiddenStates=(hidden, hidden_states), AttentionMaps=(attentions, attention_maps),
-    AttentionMaps_scores=(scores, attention_scores, dict(input='scores')), CosineHidden=(tokens, cosine_hidden),
+    HiddenStates=(hidden, hidden_states), AttentionMaps=(attentions, attention_maps))
+CASES |= dict(AttentionMaps_scores=(scores, attention_scores, dict(input='scores')), CosineHidden=(tokens, cosine_hidden),
     BoxRegression=(boxes, box_regression), PyramidFeatures=(levels, pyramid))
 N_SAMPLES,K = 50000, 16384 # of the training set, and of CRD's negatives
 TEACHER = dict(t=nn.BatchNorm2d(64), head=nn.Linear(32, 10)) # the layers of the teacher that a loss reads
