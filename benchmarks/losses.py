@@ -20,11 +20,20 @@ def pair_of(*size): return dict(fm_s=dict(s=torch.randn(size)), fm_t=dict(t=torc
 def maps(): return pair_of(16, 64, 28, 28)
 def small_maps(): return pair_of(16, 32, 14, 14)
 def classified(): return dict(**small_maps(), teacher_pred=torch.randn(16, 10))
+def tiny_logits(): return dict(pred=torch.randn(2, 3), teacher_pred=torch.randn(2, 3))
+def tiny_maps(): return pair_of(2, 3, 2, 2)
 def rows(): return pair_of(128, 512)
-def boxes(): return dict(**pair_of(16, 500, 4), mask=torch.rand(16, 500) < .1)
-def tokens(): return pair_of(16, 64, 256)
+def many_rows(): return pair_of(1024, 128)
+def numbered(): return dict(**rows(), index=torch.randperm(N_SAMPLES)[:128])
+def few_positions(): return pair_of(16, 256, 7, 7)
+def wide_maps(): return dict(fm_s=dict(s=torch.randn(16, 32, 28, 28)), fm_t=dict(t=torch.randn(16, 64, 28, 28)))
+def partly(): return dict(**logits(), mask=torch.rand(128) < .5)
+def boxes(): return dict(**pair_of(16, 8732, 4), mask=torch.rand(16, 8732) < .05)
+def tokens(): return pair_of(16, 128, 768)
+def words(): return dict(**tokens(), mask=torch.arange(128) < torch.randint(32, 128, (16, 1)))
+def scores(): return pair_of(8, 12, 128, 128)
 def attentions():
-    inputs = pair_of(8, 8, 64, 64)
+    inputs = scores()
     return {side: {name: o.softmax(-1) for name,o in fm.items()} for side,fm in inputs.items()}
 def layers(n_s, n_t, *size):
     draw = lambda n: {f'layer{i}': torch.randn(size) for i in range(n)}
@@ -32,7 +41,7 @@ def layers(n_s, n_t, *size):
 def levels(): return layers(3, 3, 16, 64, 28, 28)
 def stages(): return layers(3, 3, 16, 32, 14, 14)
 def two_maps(): return layers(2, 2, 16, 64, 28, 28)
-def hidden(): return layers(2, 4, 16, 64, 256)
+def hidden(): return layers(2, 4, 16, 128, 768)
 
 # The formulas. They take inputs of a loss by name; `s` and `t` are the only pair of activations, `learned` is what the loss learns
 # and `part` that of the only pair
@@ -42,6 +51,11 @@ def hidden(): return layers(2, 4, 16, 64, 256)
 def soft_target(pred, teacher_pred, T=5):
     return F.kl_div(F.log_softmax(pred/T, 1), F.softmax(teacher_pred/T, 1), reduction='batchmean')*T**2
 
+def of_standardized(pred, teacher_pred):
+    pred,teacher_pred = ((z - z.mean(1, keepdim=True))/(z.std(1, keepdim=True) + 1e-7) for z in (pred, teacher_pred))
+    return soft_target(pred, teacher_pred)
+
+def of_counted(pred, teacher_pred, mask): return soft_target(pred[mask], teacher_pred[mask])
 def mse_of_logits(pred, teacher_pred): return F.mse_loss(pred, teacher_pred)
 def mutual(pred, teacher_pred): return soft_target(pred, teacher_pred, T=1)
 
@@ -81,6 +95,14 @@ def reverse_kl(pred, teacher_pred):
     log_s, log_t = F.log_softmax(pred, 1), F.log_softmax(teacher_pred, 1)
     return (log_s.exp()*(log_s - log_t)).sum(1).mean()
 
+def forward_kl(pred, teacher_pred): return reverse_kl(teacher_pred, pred)
+
+def jensen_shannon(pred, teacher_pred):
+    p_s, p_t = pred.softmax(1), teacher_pred.softmax(1)
+    log_m = ((p_s + p_t)/2).log()
+    return (F.kl_div(log_m, p_t, reduction='batchmean') + F.kl_div(log_m, p_s, reduction='batchmean'))/2
+
+def total_variation(pred, teacher_pred): return (pred.softmax(1) - teacher_pred.softmax(1)).abs().sum(1).mean()/2
 def binary(pred, teacher_pred, T=2): return T**2*F.binary_cross_entropy_with_logits(pred/T, torch.sigmoid(teacher_pred/T))
 
 def soft_mae(pred, teacher_pred): return F.l1_loss(pred.softmax(1), teacher_pred.softmax(1))
@@ -89,9 +111,22 @@ def soft_mae(pred, teacher_pred): return F.l1_loss(pred.softmax(1), teacher_pred
 
 def fitnet(s, t): return F.mse_loss(s, t)
 
+def adapted(s, t, part): return F.mse_loss(part(s), t)
+def normalized_maps(s, t): return F.mse_loss(F.normalize(s), F.normalize(t))
+
+def attention_maps_of(s, t, p): return (F.normalize(x.abs().pow(p).mean(1).flatten(1)) for x in (s, t))
+
 def attention(s, t):
     at = lambda x: F.normalize(x.pow(2).mean(1).flatten(1))
     return (at(s) - at(t)).pow(2).mean()
+
+def attention_of_power(s, t, p=4):
+    at_s,at_t = attention_maps_of(s, t, p)
+    return (at_s - at_t).pow(2).mean()
+
+def attention_of_paper(s, t):
+    at_s,at_t = attention_maps_of(s, t, 2)
+    return (at_s - at_t).norm(dim=1).mean()
 
 def boundaries(s, t, m=1):
     off,on = ((s > -m) & (t <= 0)).float(), ((s <= m) & (t > 0)).float()
@@ -125,9 +160,11 @@ def vid(s, t, part):
 
 def factors(s, t): return F.l1_loss(F.normalize(s.flatten(1)), F.normalize(t.flatten(1)))
 
-def masked_generative(s, t, part, ratio=.65):
-    n,_,h,w = s.shape
-    kept = torch.where(part['draws'].rand((n, 1, h, w), s) < ratio, 0, 1)
+def factors_of_convs(s, t, part): return factors(part['translator'](s), part['paraphraser'](t))
+
+def masked_generative(s, t, part, ratio=.65, hide='spatial'):
+    n,c,h,w = s.shape
+    kept = torch.where(part['draws'].rand((n, 1, h, w) if hide == 'spatial' else (n, c, 1, 1), s) < ratio, 0, 1)
     return F.mse_loss(part['generator'](s*kept), t, reduction='sum')/n
 
 def hierarchical_context(s, t):
@@ -185,15 +222,18 @@ def pdist(f, eps=1e-12):
     d[range(len(f)), range(len(f))] = 0
     return d
 
-def rkd(s, t, distance=25, angle=50):
+def rkd(s, t, distance=25, angle=50, normalize='mean'):
     def spread(f):
         d = pdist(f)
-        return d/d[d > 0].mean()
+        return d/(d[d > 0].mean() if normalize == 'mean' else d.max())
     def angles(f):
         e = F.normalize(f.unsqueeze(0) - f.unsqueeze(1), dim=2)
         return torch.bmm(e, e.transpose(1, 2))
-    with torch.no_grad(): d_t, a_t = spread(t), angles(t)
-    return distance*F.smooth_l1_loss(spread(s), d_t) + angle*F.smooth_l1_loss(angles(s), a_t)
+    with torch.no_grad(): d_t = spread(t)
+    value = distance*F.smooth_l1_loss(spread(s), d_t)
+    if angle == 0: return value
+    with torch.no_grad(): a_t = angles(t)
+    return value + angle*F.smooth_l1_loss(angles(s), a_t)
 
 def congruence(s, t, gamma=.4, P=2):
     def kernel(f):
@@ -223,17 +263,35 @@ def crd(s, t, part, T=.07):
     with torch.no_grad(): part.keys[:n] = t
     return F.cross_entropy(scores, torch.zeros(n, dtype=torch.long))
 
-def instance_graph(s, t):
+def contrastive_maps(s, t, part): return contrastive(part(s.mean((2, 3))), t.mean((2, 3)))
+
+def crd_nce(s, t, part, index, T=.07, momentum=.5):
+    s,t = F.normalize(part.student(s)), F.normalize(part.teacher(t))
+    drawn = (part.draws.rand(K, s)*N_SAMPLES).long()
+    def nce(f, bank, log_z):
+        scores = torch.cat([(f*bank[index]).sum(1, keepdim=True), f @ bank[drawn].T], 1)
+        p = torch.exp(scores/T)/log_z.exp()
+        return -(torch.log(p[:, 0]/(p[:, 0] + K/N_SAMPLES)) + torch.log(K/N_SAMPLES/(p[:, 1:] + K/N_SAMPLES)).sum(1)).mean()
+    loss = nce(s, part.bank_t, part.log_z[0]) + nce(t, part.bank_s, part.log_z[1])
+    with torch.no_grad():
+        for bank,new in (part.bank_s, s), (part.bank_t, t): bank[index] = F.normalize(momentum*bank[index] + (1 - momentum)*new)
+    return loss
+
+def graph_edges(s, t):
     n_edges = len(s)*(len(s) - 1)
     def edges(f):
         d = pdist(f)
         return d/(d.sum()/n_edges)
-    return (edges(s) - edges(t)).pow(2).sum()/n_edges + F.mse_loss(F.normalize(s), F.normalize(t))
+    return (edges(s) - edges(t)).pow(2).sum()/n_edges
+
+def instance_graph(s, t): return graph_edges(s, t) + F.mse_loss(F.normalize(s), F.normalize(t))
 
 # sequence
 
 def hidden_states(fm_s, fm_t): return F.mse_loss(fm_s['layer0'], fm_t['layer1']) + F.mse_loss(fm_s['layer1'], fm_t['layer3'])
 def attention_maps(s, t): return (t*(t.log() - s.log())).sum(-1).mean()
+def attention_scores(s, t): return (t.softmax(-1)*(t.log_softmax(-1) - s.log_softmax(-1))).sum(-1).mean()
+def counted_tokens(s, t, mask): return F.mse_loss(s[mask], t[mask])
 def cosine_hidden(s, t): return (1 - F.cosine_similarity(s, t, dim=-1)).mean()
 
 # dense
@@ -246,18 +304,33 @@ def pyramid(fm_s, fm_t):
         return (w/w.amax((1, 2, 3), keepdim=True)*(s - t)).pow(2).mean()
     return sum(level(s, t) for s,t in zip(fm_s.values(), fm_t.values()))/len(fm_s)
 
-CASES = dict(SoftTarget=(logits, soft_target), Logits=(logits, mse_of_logits), Mutual=(logits, mutual), DecoupledKD=(labelled, decoupled),
+# inputs, the formula and our settings; what is behind the name of a class tells rows apart
+CASES = dict(SoftTarget=(logits, soft_target), SoftTarget_standardize=(logits, of_standardized, dict(standardize=True)),
+    SoftTarget_mask=(partly, of_counted), Logits=(logits, mse_of_logits), Mutual=(logits, mutual), DecoupledKD=(labelled, decoupled),
     NormalizedKD=(labelled, normalized), DIST=(logits, correlations), WeightedSoftLabel=(labelled, weighted_soft_label),
-    HardLabel=(logits, hard_label), Divergence=(logits, reverse_kl), BinaryKD=(logits, binary), SoftMAE=(logits, soft_mae),
-    FitNet=(maps, fitnet), Attention=(maps, attention), ActivationBoundaries=(maps, boundaries), MarginReLU=(maps, margin_relu),
-    FSP=(two_maps, fsp), ChannelWise=(maps, channel_wise), NST=(maps, nst), VID=(small_maps, vid), FactorTransfer=(maps, factors),
-    MaskedGenerative=(small_maps, masked_generative), ReviewKD=(stages, review), SRRL=(classified, srrl),
-    AdversarialFeatures=(small_maps, adversarial), Similarity=(rows, similarity), PKT=(rows, pkt), RKD=(rows, rkd),
-    CorrelationCongruence=(rows, congruence), Gram=(rows, gram), CosineSimilarity=(rows, cosines), Contrastive=(rows, contrastive),
-    CRD=(rows, crd), InstanceGraph=(rows, instance_graph), Embeddings=(tokens, fitnet), HiddenStates=(hidden, hidden_states),
-    AttentionMaps=(attentions, attention_maps), CosineHidden=(tokens, cosine_hidden), BoxRegression=(boxes, box_regression),
-    PyramidFeatures=(levels, pyramid))
-SETTINGS = dict(FactorTransfer=dict(rate=None), SRRL=dict(head='head'))
+    HardLabel=(logits, hard_label))
+CASES |= dict(Divergence_reverse=(logits, reverse_kl), Divergence_js=(logits, jensen_shannon, dict(kind='js')),
+    Divergence_tv=(logits, total_variation, dict(kind='tv')), Divergence_forward=(logits, forward_kl, dict(kind='forward')),
+    BinaryKD=(logits, binary), SoftMAE=(logits, soft_mae), FitNet=(maps, fitnet),
+    FitNet_normalize=(maps, normalized_maps, dict(normalize=True)), FitNet_adapter=(wide_maps, adapted), Attention=(maps, attention))
+CASES |= dict(Attention_power=(maps, attention_of_power, dict(p=4)), Attention_paper=(maps, attention_of_paper, dict(form='paper')),
+    ActivationBoundaries=(maps, boundaries), MarginReLU=(maps, margin_relu), FSP=(two_maps, fsp), ChannelWise=(maps, channel_wise),
+    NST=(maps, nst), NST_few_positions=(few_positions, nst), VID=(small_maps, vid), FactorTransfer=(small_maps, factors_of_convs))
+CASES |= dict(FactorTransfer_as_they_are=(maps, factors, dict(rate=None)), MaskedGenerative=(small_maps, masked_generative),
+    MaskedGenerative_channel=(small_maps, partial(masked_generative, ratio=.15, hide='channel'), dict(ratio=.15, mask='channel')),
+    ReviewKD=(stages, review), SRRL=(classified, srrl, dict(head='head')), AdversarialFeatures=(small_maps, adversarial),
+    Similarity=(rows, similarity), Similarity_many_rows=(many_rows, similarity), PKT=(rows, pkt), PKT_many_rows=(many_rows, pkt))
+CASES |= dict(RKD=(rows, rkd), RKD_max=(rows, partial(rkd, normalize='max'), dict(normalize='max')),
+    RKD_distance=(rows, partial(rkd, angle=0), dict(angle=0)), CorrelationCongruence=(rows, congruence),
+    CorrelationCongruence_many_rows=(many_rows, congruence), Gram=(rows, gram), Gram_many_rows=(many_rows, gram),
+    CosineSimilarity=(rows, cosines), CosineSimilarity_many_rows=(many_rows, cosines), Contrastive=(rows, contrastive))
+CASES |= dict(Contrastive_many_rows=(many_rows, contrastive), Contrastive_maps=(wide_maps, contrastive_maps), CRD_queue=(rows, crd),
+    CRD_nce=(numbered, crd_nce, dict(form='nce')), InstanceGraph=(rows, instance_graph),
+    InstanceGraph_edges=(rows, graph_edges, dict(vertices=0)), Embeddings=(tokens, fitnet), Embeddings_mask=(words, counted_tokens),
+    HiddenStates=(hidden, hidden_states), AttentionMaps=(attentions, attention_maps))
+CASES |= dict(AttentionMaps_scores=(scores, attention_scores, dict(input='scores')), CosineHidden=(tokens, cosine_hidden),
+    BoxRegression=(boxes, box_regression), PyramidFeatures=(levels, pyramid))
+N_SAMPLES,K = 50000, 16384 # of the training set, and of CRD's negatives
 TEACHER = dict(t=nn.BatchNorm2d(64), head=nn.Linear(32, 10)) # the layers of the teacher that a loss reads
 
 def keep_memory():
@@ -285,9 +358,10 @@ def step(f, leaves):
 def contest(name, cls):
     "Steps of the plain formula and of ours, without arguments, and our loss"
     torch.manual_seed(0)
-    make,formula = CASES[name]
-    given,loss = make(), cls(**SETTINGS.get(name, {}))
-    loss.build(Probe(**first({key: o for key,o in given.items() if key != 'mask'}), teacher_module=TEACHER.get))
+    make,formula,settings = (*CASES[name], {})[:3]
+    given,loss = make(), cls(**settings)
+    of_probe = first({key: o for key,o in given.items() if key not in ('mask', 'index')})
+    loss.build(Probe(**of_probe, teacher_module=TEACHER.get, n_samples=N_SAMPLES))
     students = [given['pred']] if 'pred' in given else given['fm_s'].values()
     leaves = [*(o.requires_grad_() for o in students), *(o for o in loss.parameters() if o.requires_grad)]
     offered = dict(given, learned=loss.learned)
@@ -335,6 +409,35 @@ def check_peak_bytes():
     found = peak_bytes(run)
     assert 2**21 <= found < 2**21 + 1000, f'{found} bytes instead of {2**21}'
 
+def call_cost(name, make, repeats=2000):
+    "Microseconds that a call of ours takes beside its formula, on inputs so small that nothing else is measured"
+    formula,taken = CASES[name][1], {}
+    CASES['tiny'] = make,formula
+    steps,_ = contest('tiny', zoo()[name])
+    for arm,run in steps.items():
+        tries = []
+        for _ in range(10):
+            start = time.process_time()
+            for _ in range(repeats//10): run()
+            tries.append(time.process_time() - start)
+        taken[arm] = statistics.median(tries)/(repeats//10)
+    return 1e6*(taken['ours'] - taken['plain'])
+
+NOTES = """Ratios are of medians, and above 1 they have four reasons.
+
+- **A call has a price of its own**: inputs are looked through for half precision, autocast is switched off, activations are paired. Here it is
+  {response:.0f} µs for a loss on predictions and {feature:.0f} µs for one on activations, whatever their size. Rows whose formula takes less than 2 ms show it.
+- **Exact distances.** `InstanceGraph` and `RKD` take distances from differences (`pdist`); the authors take them from inner products, a matrix
+  product that rounds the distance of close samples away. For 128 rows of 512 features the forward pass of `pdist` took .7 ms, a product .4, `cdist`
+  without products 7, a table of all differences 24; most of the time of `pdist` goes into its backward pass. It holds less memory.
+- **Probabilities of 0.** `AttentionMaps` has to lift zeros before their logarithm, and hides them from the gradient: three more passes than the
+  formula, which says nan there. `threshold` does it here; `xlogy` and `kl_div` took ten times as long as a logarithm, and more. From scores, keys that are masked in both models are left out.
+  `Divergence` keeps classes that are ruled out finite, one pass more.
+- **Numbers that would overflow.** `Attention` with another power than 2 divides by the largest value first; `Similarity` and `Gram` scale inner
+  products before they are squared, and `PKT` keeps rounded shares from being negative. That is one pass over a table of `bs × bs` numbers, or over the activation.
+
+`DIST` takes correlations from `layer_norm` and `batch_norm`, which have fast gradients; `NST` and `RKD distance` compute the same from smaller tables."""
+
 def measure(name, cls, repeats):
     "Times and memory of both arms"
     steps,loss = contest(name, cls)
@@ -362,10 +465,12 @@ if __name__ == '__main__':
     classes,found,lines = zoo(), {}, [*HEAD]
     print(*lines, sep='\n')
     for name in args.names or CASES:
-        found[name] = measure(name, classes[name], args.repeats) if name in classes else None
-        lines.append(row(name, found[name]))
+        cls = classes.get(name.partition('_')[0])
+        found[name] = None if cls is None else measure(name, cls, args.repeats)
+        lines.append(row(name.replace('_', ' '), found[name]))
         print(lines[-1], flush=True)
+    notes = NOTES.format(response=call_cost('Logits', tiny_logits), feature=call_cost('FitNet', tiny_maps))
     command = ' '.join(['python -m benchmarks.losses', *sys.argv[1:]])
     machine = f'torch {torch.__version__}, one thread, Python {platform.python_version()}, {platform.machine()}, {platform.system()}'
-    (args.out/'losses.md').write_text('\n'.join([f'`{command}`: {machine}.', '', *lines, '']))
+    (args.out/'losses.md').write_text('\n'.join([f'`{command}`: {machine}.', '', *lines, '', notes, '']))
     (args.out/'losses.json').write_text(json.dumps(dict(command=command, machine=machine, found=found), indent=1) + '\n')

@@ -180,6 +180,7 @@ def mean_of(
     mask = mask.flatten()
     return torch.where(mask, values, 0.).sum()/mask.sum().clamp(min=1)
 
+# %% ../../nbs/10_losses.core.ipynb #59bc082e
 def fit_mask(
     mask:Tensor, # Positions that count, `(bs, ...)` bool; None counts every position
     shape:tuple, # `(bs, ...)` of the positions that are compared
@@ -254,16 +255,15 @@ class LabelledResponseLoss(ResponseLoss):
         axis:int=1, # Dimension that holds the classes
     ) -> Tensor: # A scalar
         labels = [class_index(y, pred.shape, axis) for y in (target[:2] if isinstance(target, Mixed) else [target])]
-        lam = self.shares(target, labels[0], pred)
-        rows = *self.both_rows(pred, teacher_pred, axis), lam.flatten(), *(y.flatten() for y in labels)
+        rows = *self.both_rows(pred, teacher_pred, axis), self.shares(target, labels[0]).flatten(), *(y.flatten() for y in labels)
         student, teacher, lam, *labels = rows if mask is None else counted_rows(mask, row_shape(pred, axis), *rows)
         known = reduce(and_, [(0 <= y) & (y < student.shape[1]) for y in labels]) # -100 and 255 are no classes
         values = [self.rows(student, teacher, y.where(known, 0)) for y in labels]
-        return mean_of(torch.lerp(values[-1], values[0], lam) if len(values) > 1 else values[0], known)
+        return mean_of(torch.lerp(values[-1], values[0], lam.to(values[0].dtype)) if len(values) > 1 else values[0], known)
 
-    def shares(self, target, y, like):
+    def shares(self, target, y):
         "The share of the first label at each position"
-        lam = torch.as_tensor(target.lam if isinstance(target, Mixed) else 1., dtype=like.dtype, device=y.device)
+        lam = torch.as_tensor(target.lam if isinstance(target, Mixed) else 1., device=y.device)
         return lam.reshape(-1, *[1]*(y.ndim - 1)).expand_as(y)
 
     def check(self, probe):
@@ -410,7 +410,11 @@ def make_adapter(
 # %% ../../nbs/10_losses.core.ipynb #46987ebd
 class AdaptedLoss(FeatureLoss):
     "Base of losses on activations of one shape: implement `compare(student, teacher)`; an adapter is learned where channels differ"
-    def make_learned(self, probe): return nn.ModuleList(make_adapter(s, t) for s, t in self.pairs(probe.fm_s, probe.fm_t))
+    def make_learned(self, probe): return nn.ModuleList(self.translator(s, t) for s, t in self.pairs(probe.fm_s, probe.fm_t))
+
+    def translator(self, student, teacher):
+        "What is learned for a pair; override it to learn something else"
+        return make_adapter(student, teacher)
 
     def pair(self, student, teacher, adapter=None):
         if adapter is not None: student = adapter(student)

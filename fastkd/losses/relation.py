@@ -41,7 +41,7 @@ def similarity_shares(
 ): # `(bs, bs)`; row i holds the shares of all samples in sample i's similarity
     "How alike the samples are, as probabilities"
     directions = unit(rows)
-    similarity = ((directions @ directions.T + 1)/2).clamp(min=0) # rounded, a cosine may be below -1
+    similarity = (directions @ directions.T + 1).clamp(min=0) # rounded, a cosine may be below -1
     return similarity/similarity.sum(1, keepdim=True)
 
 class PKT(RelationLoss):
@@ -97,11 +97,11 @@ class RKD(RelationLoss):
 
 # %% ../../nbs/13_losses.relation.ipynb #d13a54ea
 def difference_of_pairs(
-    student, # A symmetric table `(bs, bs)` with the same diagonal in all models
-    teacher, # The teacher's
+    student, # A symmetric table `(bs, bs)` with the same diagonal in all models; it loses one half
+    teacher, # The teacher's, which loses it, too
 ): # A scalar, the mean over all `bs*bs` entries
     "Mean squared difference of two tables of similarity"
-    return 2*F.mse_loss(student.triu(1), teacher.triu(1))
+    return 2*F.mse_loss(student.triu_(1), teacher.triu_(1))
 
 class CorrelationCongruence(RelationLoss):
     "Squared difference of a Gaussian kernel's Taylor series between samples (Peng et al. 2019)"

@@ -45,6 +45,7 @@ def log_probs(
 
 def probs(logits, T=1): return F.softmax(logits if T == 1 else logits/T, dim=1)
 
+# %% ../../nbs/11_losses.response.ipynb #daeea52a
 def finite(
     logits, # Logits or log-probabilities of any shape; -inf is a class that is ruled out
 ):
@@ -87,9 +88,10 @@ def split_by_target(
     target, # Classes `(N,)`
 ): # Logits `(N, 2)`; log-probabilities `(N, n_classes)`, 0 at the target, where they add nothing to a divergence
     "The target against all others together, and the others among themselves"
-    is_target, of_target = target[:, None] == torch.arange(logits.shape[1], device=logits.device), logits.gather(1, target[:, None])
+    places, classes = (torch.arange(n, device=logits.device) for n in logits.shape)
+    is_target, of_target = target[:, None] == classes, logits[places, target] # `gather` would keep all logits for its gradient
     logits = logits.masked_fill(is_target, -math.inf)
-    return torch.cat([of_target, logits.logsumexp(1, keepdim=True)], 1), F.log_softmax(logits, dim=1).masked_fill(is_target, 0.)
+    return torch.stack([of_target, logits.logsumexp(1)], 1), F.log_softmax(logits, dim=1).masked_fill(is_target, 0.)
 
 class DecoupledKD(LabelledResponseLoss):
     "KL divergence in two parts, of the target class and among all others, times T² (Zhao et al. 2022, eq. 7)"
@@ -142,8 +144,7 @@ def decorrelation(
     "One minus the correlation of `exp(log_s)` and `exp(log_t)` along `dim`, on average: half the squared distance of their directions"
     (unit_t, is_constant_t), (unit_s, is_constant_s) = standard_scores(log_t, dim), standard_scores(log_s, dim)
     apart = unit_s.sub_(unit_t).mul_(~(is_constant_s | is_constant_t))
-    del unit_s, unit_t # memory that the next line can use
-    return apart.square().sum()/(2*apart.numel()) + (is_constant_s ^ is_constant_t).sum()/is_constant_s.numel()
+    return (apart*apart).sum()/(2*apart.numel()) + (is_constant_s ^ is_constant_t).sum()/is_constant_s.numel()
 
 # %% ../../nbs/11_losses.response.ipynb #bf9ec1e4
 class DIST(ResponseLoss):
@@ -200,10 +201,10 @@ class Divergence(ResponseLoss):
         if name == 'kind' and value not in self.kinds: raise ValueError(f'Divergence: kind is one of {self.kinds}, not {value!r}')
 
     def rows(self, student, teacher):
+        if self.kind == 'tv': return (probs(teacher, self.T) - probs(student, self.T)).abs().sum(1)/2
         log_s, log_t = log_probs(student, self.T), finite(log_probs(teacher, self.T))
         if self.kind == 'forward': return kl_of_logs(log_s, log_t)
         if self.kind == 'reverse': return kl_of_logs(log_t, log_s)
-        if self.kind == 'tv': return (log_t.exp() - log_s.exp()).abs().sum(1)/2
         log_m = torch.logaddexp(log_t + math.log(self.beta), log_s + math.log1p(-self.beta))
         return self.beta*kl_of_logs(log_m, log_t) + (1 - self.beta)*kl_of_logs(log_m, log_s)
 
@@ -217,8 +218,7 @@ class BinaryKD(ResponseLoss):
         super().__init__()
         store_attr()
 
-    def mean(self, student, teacher):
-        return self.T**2 * F.binary_cross_entropy_with_logits(student/self.T, (teacher/self.T).sigmoid())
+    def mean(self, student, teacher): return self.T**2 * F.binary_cross_entropy_with_logits(student/self.T, (teacher/self.T).sigmoid())
 
 # %% ../../nbs/11_losses.response.ipynb #5ae1d7a7
 class SoftMAE(ResponseLoss):

@@ -9,7 +9,7 @@ __all__ = ['TokenLoss', 'mapped_layers', 'check_layer_map', 'MappedLoss', 'Embed
 # %% ../../nbs/14_losses.sequence.ipynb #9daa37e5
 import math, torch, torch.nn.functional as F
 from fastcore.basics import store_attr
-from .core import PairLoss, counted_rows
+from .core import AdaptedLoss, PairLoss, counted_rows
 from torch import Tensor, nn
 
 # %% ../../nbs/14_losses.sequence.ipynb #3f372617
@@ -76,9 +76,11 @@ class MappedLoss(TokenLoss):
 # %% ../../nbs/14_losses.sequence.ipynb #4d909eb2
 class Embeddings(TokenLoss):
     "Mean squared difference of embeddings, through a learned adapter where widths differ (Jiao et al. 2020, eq. 9)"
-    def make_learned(self, probe):
-        widths = [(s.shape[-1], t.shape[-1]) for s, t in self.pairs(probe.fm_s, probe.fm_t)]
-        return nn.ModuleList(nn.Identity() if n_s == n_t else nn.Linear(n_s, n_t) for n_s, n_t in widths)
+    make_learned = AdaptedLoss.make_learned
+
+    def translator(self, student, teacher):
+        n_s, n_t = student.shape[-1], teacher.shape[-1]
+        return nn.Identity() if n_s == n_t else nn.Linear(n_s, n_t)
 
     def compare(self, student, teacher, adapter=None):
         if adapter is not None: student = adapter(student)

@@ -11,7 +11,7 @@ import copy, math
 import torch, torch.nn.functional as F
 from fastcore.basics import listify, store_attr
 from torch import nn
-from .core import Draws, FeatureLoss, both_channels_first, channels_first, make_adapter, to_square, unit
+from .core import AdaptedLoss, Draws, both_channels_first, channels_first, make_adapter, to_square, unit
 from ..modules import Captures, evaluating, missing_layer, unwrap_model
 
 # %% ../../nbs/17_losses.translators.ipynb #eea33137
@@ -20,10 +20,8 @@ def _conv(n_in, n_out, n_dims, size=1, bias=True):
     if n_dims == 0: return nn.Linear(n_in, n_out, bias)
     return [nn.Conv1d, nn.Conv2d, nn.Conv3d][n_dims - 1](n_in, n_out, size, padding=size//2, bias=bias)
 
-class _Translated(FeatureLoss):
-    "Base of losses that cannot do without what they learn: implement `translator(student, teacher) -> nn.Module` for a pair"
-    def make_learned(self, probe): return nn.ModuleList(self.translator(s, t) for s, t in self.pairs(probe.fm_s, probe.fm_t))
-
+class _Translated(AdaptedLoss):
+    "Base of losses that cannot do without what they learn: implement `translator(student, teacher) -> nn.Module` and `pair`"
     def parts_for(self, n_pairs):
         if self.learned is None: raise ValueError(f'{self} learns: make its parts with `build(probe)`, as the callback does')
         return super().parts_for(n_pairs)
