@@ -47,9 +47,9 @@ def run(kd, *cbs, **kwargs):
     set_seed(RANK)
     with learn.distrib_ctx(cpu=True, sync_bn=False): learn.fit(2, .05, cbs=[kd, note, *cbs])
     assert len(seen) > 0 and n_hooks(learn.model) == n_hooks(kd.teacher) == 0
-    return dict(student=weights(learn.model), learned={**kd.loss.state_dict()}, steps=seen,
-        is_same_teacher=same(weights(kd.teacher), teacher), table=[list(row) for row in learn.recorder.values],
-        recorded=learn.recorder.distillation)
+    told = dict(table=[list(row) for row in learn.recorder.values], recorded=learn.recorder.distillation)
+    is_same = same(weights(kd.teacher), teacher)
+    return told | dict(student=weights(learn.model), learned={**kd.loss.state_dict()}, steps=seen, is_same_teacher=is_same)
 
 def adapted(): return KD(SoftTarget() + 10*FitNet(), schedule={'weight': cos, 'T': SchedLin(8, 1)})
 
