@@ -449,7 +449,7 @@ def _compare(self:KnowledgeDistillationCallback, given):
         if not changed: raise
         name, shape = next(iter(changed.items()))
         raise ValueError(f"student layer '{name}' returned {self._fit.shapes[name]} per sample when this fit began, and {shape} now: {e}. "
-            'Where pruning narrows a layer, let it leave this one alone, or compare it by a loss without an adapter, such as Attention') from e
+            'Let pruning leave this layer alone, or compare it by a loss without an adapter, such as Attention') from e
 
 # %% ../nbs/30_callback.ipynb #27ac8767
 @patch

@@ -91,7 +91,8 @@ def missing_layer(
 ) -> ValueError: # To be raised
     "The error for a layer without output: there is none of that name, or it did not run"
     if (layer := get_module_by_name(model, name)) is not None:
-        said, inside = f"{side} layer '{name}' did not run in the {side}'s forward pass", [path for path, _ in layer.named_modules() if path]
+        said = f"{side} layer '{name}' did not run in the {side}'s forward pass"
+        inside = [path for path, _ in layer.named_modules() if path]
         if not inside or not isinstance(unwrap_model(model), GraphModule): return ValueError(said)
         return ValueError(f"{said}: a model traced by torch.fx runs only its innermost layers, such as '{name}.{inside[0]}'")
     if near := nearest_names(model, name): return ValueError(f"the {side} has no layer '{name}'; nearest: {', '.join(near)}")

@@ -20,7 +20,8 @@ RANK, N_RANKS = (int(os.environ.get(name, default)) for name, default in (('RANK
 
 def student():
     "Its samples know nothing of each other"
-    return nn.Sequential(OrderedDict(block2=nn.Conv2d(1, 4, 3, stride=2, padding=1), head=nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))))
+    head = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
+    return nn.Sequential(OrderedDict(block2=nn.Conv2d(1, 4, 3, stride=2, padding=1), head=head))
 
 def in_turn(rows, bs):
     "The order in which one process meets the samples that two processes share"
@@ -46,8 +47,9 @@ def run(kd, *cbs, **kwargs):
     set_seed(RANK)
     with learn.distrib_ctx(cpu=True, sync_bn=False): learn.fit(2, .05, cbs=[kd, note, *cbs])
     assert len(seen) > 0 and n_hooks(learn.model) == n_hooks(kd.teacher) == 0
-    return dict(student=weights(learn.model), learned={**kd.loss.state_dict()}, steps=seen, table=[list(row) for row in learn.recorder.values],
-        recorded=learn.recorder.distillation, opt=kd.state_dict()['opt'], is_same_teacher=same(weights(kd.teacher), teacher))
+    told = dict(table=[list(row) for row in learn.recorder.values], recorded=learn.recorder.distillation)
+    is_same = same(weights(kd.teacher), teacher)
+    return told | dict(student=weights(learn.model), learned={**kd.loss.state_dict()}, steps=seen, is_same_teacher=is_same)
 
 def adapted(): return KD(SoftTarget() + 10*FitNet(), schedule={'weight': cos, 'T': SchedLin(8, 1)})
 
