@@ -14,7 +14,7 @@ from operator import and_
 from types import SimpleNamespace
 
 import torch, torch.nn.functional as F
-from fastai.basics import AvgMetric, Callback, DataLoader, Learner, Recorder, ValueMetric, apply, mk_metric
+from fastai.basics import AvgMetric, Callback, DataLoader, Learner, Metric, Recorder, ValueMetric, apply, mk_metric
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.torch_core import find_bs, find_device, no_random
@@ -69,6 +69,8 @@ def _check_settings(self:KnowledgeDistillationCallback):
     for name in ('weight', 'task_weight', 'span'):
         if getattr(self, name) is not None: _check_number(name, getattr(self, name))
     if self.span == 0: raise ValueError('span is a number of epochs, not 0')
+    if not all(isinstance(metric, (bool, Metric)) or callable(metric) for metric in listify(self.teacher_metrics)):
+        raise TypeError(f'teacher_metrics is True, or a list of metric functions, not {self.teacher_metrics!r}')
     def check_weight(value):
         _check_number('weight', value)
         if self.task_weight is None and value > 1:
