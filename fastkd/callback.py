@@ -269,6 +269,7 @@ def _look(self:KnowledgeDistillationCallback):
         fm_s = fit.captures.take()
         self._check_captured(fm_s)
         teacher_pred, fm_t = self._ask_once(one)
+        if 'mask' in fit.wants: self._mask()
     reset_state(model)
     fit.teacher.reset()
     self._check_finite(teacher_pred, fm_t)

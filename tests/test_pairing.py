@@ -139,13 +139,13 @@ def test_settings():
         (ValueError, 'at 50.1% of training', dict(schedule=lambda pct: 1. if pct <= .5 else 2.))]:
         assert said in error_of(exc, learner(), KD(trained_teacher(), SoftTarget, **kwargs))
 
-@pytest.mark.parametrize('teacher_input,exc,said', [(lambda x: x[:, :, 0], ValueError, 'Expected 3D'),
-    (lambda x: (x, x), TypeError, 'takes 2 positional arguments'), (lambda x: x.flatten(1), ValueError, 'Expected 3D'),
-    (lambda x: x['image'], ValueError, 'indices')])
+@pytest.mark.parametrize('teacher_input,exc,said', [(lambda x: (x, x), TypeError, 'takes 2 positional arguments'),
+    (lambda x: x.flatten(1), ValueError, 'Expected 3D'), (lambda x: x['image'], ValueError, 'indices')])
 def test_a_teacher_that_fails(teacher_input, exc, said):
     "Is named, with what it was given, before the first step"
     found = error_of(exc, learner(), KD(trained_teacher(), SoftTarget, teacher_input=teacher_input))
-    assert "Frozen(Sequential) fails on a sample of the student's batch, of shape (1, 1, 8, 8); `teacher_input` can" in found and said in found
+    assert "Frozen(Sequential) fails on a sample of the student's batch, of shape (1, 1, 8, 8); `teacher_input` can" in found
+    assert said in found
 
 @pytest.mark.parametrize('mask', [lambda x: None, lambda: None, 'mask', lambda x: [[1], []]])
 def test_a_mask_that_is_none(mask):

@@ -100,7 +100,7 @@ LOOP = [
         'test_together.py::test_validation_within_a_fit'),
     Mutant('masks ignored', CB, "self._mask() if 'mask' in fit.wants else None", 'None',
         'test_zoo_fit.py::test_first_gradient[HiddenStates]'),
-    Mutant("the user's mask ignored", CB, 'if self.mask is not None: return torch.as_tensor', 'if False: return torch.as_tensor',
+    Mutant("the user's mask ignored", CB, 'if self.mask is not None:\n        try: return', 'if False:\n        try: return',
         'test_callback.py::test_sequences_count_where_labels_do'),
     Mutant('ignore_index ignored', CB, 'ignored = next((o for o in ignored if o is not None), None)', 'ignored = None',
         'test_losses_sequence.py::test_ignored_labels_are_left_out'),
