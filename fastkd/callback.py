@@ -67,7 +67,7 @@ def _check_number(name, value):
 def _check_settings(self:KnowledgeDistillationCallback):
     "Weights and schedules, anywhere on their curves"
     for name in ('weight', 'task_weight', 'span'):
-        if getattr(self, name) is not None: _check_number(name, getattr(self, name))
+        if name == 'weight' or getattr(self, name) is not None: _check_number(name, getattr(self, name))
     if self.span == 0: raise ValueError('span is a number of epochs, not 0')
     if not all(isinstance(metric, (bool, Metric)) or callable(metric) for metric in listify(self.teacher_metrics)):
         raise TypeError(f'teacher_metrics is True, or a list of metric functions, not {self.teacher_metrics!r}')

@@ -133,6 +133,7 @@ def test_settings():
     "Weights and schedules that cannot work, with where they fail"
     for exc, said, kwargs in [(ValueError, 'task_weight', dict(weight=1.5)),
         (ValueError, 'weight is a finite number', dict(weight=float('nan'))),
+        (ValueError, 'weight is a finite number', dict(weight=None, schedule=cos)),
         (ValueError, "nothing is called 'temperature'", dict(schedule=dict(temperature=lambda pct: 2.))),
         (ValueError, 'T must be positive', dict(schedule=dict(T=lambda pct: 1 - pct))),
         (TypeError, 'teacher_metrics is True, or a list of metric functions', dict(teacher_metrics=['accuracy'])),
