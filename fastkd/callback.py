@@ -14,7 +14,7 @@ from operator import and_
 from types import SimpleNamespace
 
 import torch, torch.nn.functional as F
-from fastai.basics import AvgMetric, Callback, DataLoader, Learner, Recorder, ValueMetric, apply, join_path_file, mk_metric
+from fastai.basics import AvgMetric, Callback, DataLoader, Learner, Metric, Recorder, ValueMetric, apply, join_path_file, mk_metric
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.torch_core import find_bs, find_device, get_model, get_random_states, no_random, rank_distrib, set_random_states
@@ -74,8 +74,10 @@ def _check_number(name, value):
 def _check_settings(self:KnowledgeDistillationCallback):
     "Weights and schedules, anywhere on their curves"
     for name in ('weight', 'task_weight', 'span'):
-        if getattr(self, name) is not None: _check_number(name, getattr(self, name))
+        if name == 'weight' or getattr(self, name) is not None: _check_number(name, getattr(self, name))
     if self.span == 0: raise ValueError('span is a number of epochs, not 0')
+    if not all(isinstance(metric, (bool, Metric)) or callable(metric) for metric in listify(self.teacher_metrics)):
+        raise TypeError(f'teacher_metrics is True, or a list of metric functions, not {self.teacher_metrics!r}')
     def check_weight(value):
         _check_number('weight', value)
         if self.task_weight is None and value > 1:
@@ -296,6 +298,7 @@ def _look(self:KnowledgeDistillationCallback):
         fm_s = fit.captures.take()
         self._check_captured(fm_s)
         teacher_pred, fm_t = self._ask_once(one)
+        if 'mask' in fit.wants: self._mask()
     fit.shapes = {name: tuple(value.shape[1:]) for name, value in fm_s.items()}
     reset_state(model)
     fit.teacher.reset()

@@ -8,6 +8,7 @@ __all__ = ['cos', 'lin', 'Schedule', 'as_schedules', 'scheduled_value', 'check_c
 # %% ../nbs/01_schedules.ipynb #611e5b16
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Number
 
 from fastai.callback.schedule import sched_cos, sched_lin
 
@@ -22,6 +23,8 @@ class Schedule:
     end_val: float = 1. # Progress at and after `end_pct`
 
     def __post_init__(self):
+        for name in ('start_pct', 'end_pct', 'start_val', 'end_val'):
+            if not isinstance(getattr(self, name), Number): raise TypeError(f'{name} is a number, not {getattr(self, name)!r}')
         if not 0 <= self.start_pct <= self.end_pct <= 1:
             raise ValueError(f"0 <= start_pct <= end_pct <= 1 is needed, not start_pct={self.start_pct}, end_pct={self.end_pct}")
         try: self.sched_func(self.start_val, self.end_val, .5) + 0.

@@ -80,6 +80,8 @@ def test_shapes_that_cannot_be_compared():
     assert '4 channels of the student, 32' in said
     said = error_of(ValueError, learner(), KD(trained_teacher(), Attention, ['block1', 'head.1'], ['block1', 'head.1']))
     assert "student layer 'head.1' (1, 8) with teacher layer 'head.1' (1, 32)" in said and 'these are vectors' in said
+    said = error_of(ValueError, learner(), KD(trained_teacher(), FitNet, 'block1', 'head.1')) # found while its adapter is made
+    assert "FitNet(), for student layers {'block1': (1, 4, 8, 8)} and teacher layers {'head.1': (1, 32)}: these layouts have no" in said
 
 def test_other_class_count():
     said = error_of(ValueError, learner(), KD(convnet(8, n_out=7), SoftTarget))
@@ -128,10 +130,29 @@ def test_settings():
     "Weights and schedules that cannot work, with where they fail"
     for exc, said, kwargs in [(ValueError, 'task_weight', dict(weight=1.5)),
         (ValueError, 'weight is a finite number', dict(weight=float('nan'))),
+        (ValueError, 'weight is a finite number', dict(weight=None, schedule=cos)),
         (ValueError, "nothing is called 'temperature'", dict(schedule=dict(temperature=lambda pct: 2.))),
         (ValueError, 'T must be positive', dict(schedule=dict(T=lambda pct: 1 - pct))),
+        (TypeError, 'teacher_metrics is True, or a list of metric functions', dict(teacher_metrics=['accuracy'])),
         (ValueError, 'at 50.1% of training', dict(schedule=lambda pct: 1. if pct <= .5 else 2.))]:
         assert said in error_of(exc, learner(), KD(trained_teacher(), SoftTarget, **kwargs))
+
+@pytest.mark.parametrize('teacher_input,exc,said', [(lambda x: (x, x), TypeError, 'takes 2 positional arguments'),
+    (lambda x: x.flatten(1), ValueError, 'Expected 3D'), (lambda x: x['image'], ValueError, 'indices')])
+def test_a_teacher_that_fails(teacher_input, exc, said):
+    "Is named, with what it was given, before the first step"
+    found = error_of(exc, learner(), KD(trained_teacher(), SoftTarget, teacher_input=teacher_input))
+    assert "Frozen(Sequential) fails on a sample of the student's batch, of shape (1, 1, 8, 8); `teacher_input` can" in found
+    assert said in found
+
+@pytest.mark.parametrize('mask', [lambda x: None, lambda: None, 'mask', lambda x: [[1], []]])
+def test_a_mask_that_is_none(mask):
+    said = error_of(ValueError, learner(), KD(trained_teacher(), SoftTarget, mask=mask))
+    assert 'mask(*xb) returns a bool tensor `(bs, ...)`' in said
+
+@pytest.mark.parametrize('names', [3, nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)), [None, 'block1']], ids=str)
+def test_layers_that_are_no_names(names):
+    with pytest.raises(TypeError, match=r'layers go by their names, as in get_model_layers\(model\), not'): Attention().on(names, 'block1')
 
 # ---- A learner as teacher
 

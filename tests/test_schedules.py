@@ -89,6 +89,11 @@ def test_ends_out_of_range(start, end):
     with pytest.raises(ValueError, match=f'0 <= start_pct <= end_pct <= 1 is needed, not start_pct={start}, end_pct={end}'):
         Schedule(sched_lin, start, end)
 
+@pytest.mark.parametrize('name', ['start_pct', 'end_pct', 'start_val', 'end_val'])
+def test_ends_that_are_no_numbers(name):
+    for wrong in '4', None, [1.]:
+        with pytest.raises(TypeError, match=f'{name} is a number, not'): Schedule(sched_cos, **{name: wrong})
+
 @pytest.mark.parametrize('func', [SchedCos, SchedLin(0, 1), 'cos', None, lambda pos: pos, lambda start, end, pos: None])
 def test_functions_that_are_no_annealers(func):
     with pytest.raises(TypeError, match=r'sched_func is called as f\(start, end, position\) and returns a number'): Schedule(func)

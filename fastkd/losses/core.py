@@ -146,7 +146,10 @@ def build(self:Loss, probe, stream=0):
         with torch.random.fork_rng(devices=[]):
             seed = (torch.initial_seed() + 0x5eed + stream) % 2**63 # another stream than the student's own weights
             torch.default_generator.manual_seed(seed) # `torch.manual_seed` would seed GPUs, too
-            self.learned = self.make_learned(probe)
+            try: self.learned = self.make_learned(probe)
+            except ValueError as e:
+                shapes_s, shapes_t = ({name: tuple(o.shape) for name, o in fm.items()} for fm in (probe.fm_s, probe.fm_t))
+                raise ValueError(f'{self}, for student layers {shapes_s} and teacher layers {shapes_t}: {e}') from e
         if self.learned is not None: self.learned.to(next(_tensors(_full_precision(vars(probe)))))
     self.check(probe)
     return self
@@ -496,7 +499,10 @@ class Sum(nn.Module):
 
     def __add__(self, other): return Sum([*self.parts, *as_sum(other).parts])
     def __radd__(self, other): return self if other == 0 else as_sum(other) + self
-    def __mul__(self, factor): return Sum([replace(part, factor=part.factor*factor) for part in self.parts])
+    def __mul__(self, factor):
+        for part in self.parts: part.check_factor(factor)
+        return Sum([replace(part, factor=part.factor*factor) for part in self.parts])
+
     __rmul__ = __mul__
     def __repr__(self): return ' + '.join(map(repr, self.parts))
 
@@ -506,6 +512,8 @@ class Sum(nn.Module):
     ):
         "Give layers to the parts that have none of their own"
         students, teachers = listify(students), listify(teachers)
+        for name in (*students, *teachers):
+            if not isinstance(name, str): raise TypeError(f'layers go by their names, as in get_model_layers(model), not {name!r}')
         fill = lambda part: part.wants_layers and part.students is None
         if not any(part.wants_layers for part in self.parts):
             raise ValueError(f'{self} compares predictions, and layers are named for it: leave out activations_student and _teacher')
