@@ -3,8 +3,8 @@ import math, pytest, torch
 from fastai.basics import SGD, params
 from fastkd.all import *
 from helpers import (At, ByHand, attention, by_soft_target, convnet, fitted, furthest, learner, n_hooks, raising, same, seeded, shows,
-    soft_target, started, trained_teacher, weights)
-from learning import adapters, each_kind, fitnet, learned
+    slow, soft_target, started, trained_teacher, weights)
+from learning import KINDS, adapters, each_kind, fitnet, learned
 
 def KD(*args, **kwargs): return KnowledgeDistillationCallback(*args, **kwargs)
 
@@ -26,13 +26,13 @@ def gap(run, make=grouped):
 
 # ---- Fits
 
-@shows('learn.fit(25, cbs=kd)')
+@shows('learn.fit(10, cbs=kd)')
 def test_fit():
-    "A hundred steps end where a loop written by hand ends, to six decimals."
+    "Forty steps end where a loop written by hand ends, to six decimals."
     found, expected = student(.3), student(.3)
-    fitted(found, KD(trained_teacher(), SoftTarget(T=4), weight=.7), n_epoch=25)
-    fitted(expected, ByHand(trained_teacher(), lambda pred, teacher_pred, *fms: soft_target(pred, teacher_pred, 4.), .7), n_epoch=25)
-    assert len(found.recorder.losses) == 100
+    fitted(found, KD(trained_teacher(), SoftTarget(T=4), weight=.7), n_epoch=10)
+    fitted(expected, ByHand(trained_teacher(), lambda pred, teacher_pred, *fms: soft_target(pred, teacher_pred, 4.), .7), n_epoch=10)
+    assert len(found.recorder.losses) == 40
     assert furthest(weights(found.model), weights(expected.model)) < 1e-6
     assert found.recorder.values[-1][1] == pytest.approx(expected.recorder.values[-1][1], abs=1e-6)
 
@@ -115,8 +115,7 @@ def test_discriminative_learning_rates():
 # ---- Learning rates
 
 @shows('Learner(dls, student, cbs=kd).lr_find()')
-@each_kind
-@pytest.mark.parametrize('n_fits', [0, 1], ids=['first', 'later'])
+@pytest.mark.parametrize('make,n_fits', [(fitnet, 1), *((make, 0) for make in KINDS), *(slow(make, 1) for make in KINDS[1:])])
 def test_lr_find(make, n_fits, tmp_path):
     "Student, adapters, their optimizer and the numbers of the following fit are as they were before it."
     plain, found = [(learner(n=50, path=tmp_path), make()) for _ in range(2)]
@@ -134,8 +133,8 @@ def test_lr_find(make, n_fits, tmp_path):
 @each_kind
 def test_lr_find_that_fails(make, tmp_path):
     "Leaves what was learned before as it was, too"
-    learn, cb = learner(path=tmp_path), make()
-    fitted(learn, cb)
+    learn, cb = learner(n=50, path=tmp_path), make()
+    fitted(learn, cb, n_epoch=1)
     before = learned(cb)
     learn.add_cbs([cb, At('after_step', raising(KeyboardInterrupt), nth=3)])
     with pytest.raises(KeyboardInterrupt): learn.lr_find(num_it=8, show_plot=False)
@@ -158,7 +157,7 @@ def test_lr_find_does_not_use_up_a_schedule(tmp_path):
 @each_kind
 def test_fit_twice(make):
     "Adapters and the averages of their optimizer go on from fit to fit, as the student's do; `reset_opt=True` resets both."
-    cb, learn = make(), learner()
+    cb, learn = make(), learner(n=50)
     fitted(learn, cb)
     opt = cb._learned.opt
     fitted(learn, cb, seed=2)
