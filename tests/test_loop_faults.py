@@ -330,8 +330,8 @@ def test_batches_without_labels():
     learned = {name: value for name, value in weights(learn.model).items() if 'running' not in name and 'num' not in name}
     assert all(torch.equal(before[name], value) for name, value in learned.items())
 
-LOSSES = dict(response=SoftTarget, classes=DIST, adapter=lambda: FitNet().on('block2', 'block2'), memory=lambda: CRD().on('block2', 'block2'),
-    similarities=lambda: PKT().on('block2', 'block2'), distances=lambda: RKD().on('block2', 'block2'))
+LOSSES = dict(response=SoftTarget, classes=DIST, adapter=lambda: FitNet().on('block2', 'block2'),
+    memory=lambda: CRD().on('block2', 'block2'), similarities=lambda: PKT().on('block2', 'block2'), distances=lambda: RKD().on('block2', 'block2'))
 
 @shows('learn.fit(5, cbs=kd)  # with drop_last=False')
 @pytest.mark.parametrize('name', LOSSES)
@@ -342,7 +342,8 @@ def test_last_batch_of_one(name):
     fitted(learn, KD(trained_teacher(), LOSSES[name](), weight=1., task_weight=1.))
     steps = torch.tensor(learn.recorder.distillation['distillation_loss'])
     assert len(steps) == 4 and steps.isfinite().all() and all(o.isfinite().all() for o in weights(learn.model).values())
-    assert [float(o) == 0 for o in steps] == [name == 'memory', name in ('similarities', 'distances'), False, name in ('similarities', 'distances')]
+    of_relations = name in ('similarities', 'distances')
+    assert [float(o) == 0 for o in steps] == [name == 'memory', of_relations, False, of_relations]
 
 @shows('learn.fit(5, cbs=kd)  # with drop_last=False and batch norm on vectors')
 def test_batch_norm_of_one():

@@ -20,7 +20,7 @@ def gap(run, make=grouped):
     run(started(found), ours)
     run(started(expected), by_hand)
     assert found.recorder.values and list(found.metrics.attrgot('name')) == ['accuracy'] and n_hooks(found.model) == 0
-    for row, by_hand in zip(found.recorder.values, expected.recorder.values): assert list(row[:2]) == pytest.approx(list(by_hand[:2]), abs=1e-5)
+    for row, other in zip(found.recorder.values, expected.recorder.values): assert list(row[:2]) == pytest.approx(list(other[:2]), abs=1e-5)
     assert found.recorder.lrs == expected.recorder.lrs
     return furthest(weights(found.model), weights(expected.model))
 
@@ -52,8 +52,8 @@ def test_fit_one_cycle_with_slices():
     assert {type(o) for o in cb.state_dict()['opt']['hypers'][0].values()} <= {float, bool, int} # not numbers of numpy
 
 @shows('learn.fit_flat_cos(5, 1e-2, cbs=kd)')
-@pytest.mark.parametrize('fit', [lambda learn, cb: learn.fit_flat_cos(2, 1e-2, cbs=cb), lambda learn, cb: learn.fit_sgdr(2, 1, 1e-2, cbs=cb)],
-    ids=['flat cos', 'restarts'])
+@pytest.mark.parametrize('fit', [lambda learn, cb: learn.fit_flat_cos(2, 1e-2, cbs=cb),
+    lambda learn, cb: learn.fit_sgdr(2, 1, 1e-2, cbs=cb)], ids=['flat cos', 'restarts'])
 def test_other_schedules(fit):
     "Other schedules of fastai give the weights of a loop written by hand."
     assert gap(fit) < 1e-6
@@ -254,10 +254,10 @@ def test_two_callbacks():
     assert furthest(weights(learn.model), weights(expected.model)) < 1e-6
     names = ['task_loss', 'distillation_loss', 'task_loss#2', 'distillation_loss#2', 'attention_loss#2', 'attention_loss_2#2']
     assert list(learn.recorder.metric_names[4:-1]) == names
-    rows, steps = torch.tensor(hand.rows), learn.recorder.distillation
+    rows, steps, table = torch.tensor(hand.rows), learn.recorder.distillation, learn.recorder.values
     assert set(steps) == {*names, 'weight', 'weight#2'} and steps['weight'] == [.3]*8 and steps['weight#2'] == [.2]*8
     for name, column in zip(names[1:], rows.T): assert [float(o) for o in steps[name]] == pytest.approx(column.tolist(), rel=1e-4)
-    for row, means in zip(learn.recorder.values, rows.view(2, 4, 5).mean(1)): assert list(row[4:]) == pytest.approx(means.tolist(), rel=1e-4)
+    for row, means in zip(table, rows.view(2, 4, 5).mean(1)): assert list(row[4:]) == pytest.approx(means.tolist(), rel=1e-4)
     assert list(learn.metrics.attrgot('name')) == ['accuracy'] and n_hooks(learn.model) == 0
     fitted(learn, soft())
     assert set(learn.recorder.distillation) == {'weight', 'task_loss', 'distillation_loss'}

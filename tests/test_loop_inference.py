@@ -267,7 +267,7 @@ def test_checkpoint_without_the_callback(tmp_path):
 @shows("learn.load_checkpoint(cbs=[kd, other])")
 def test_checkpoint_of_two_callbacks(tmp_path):
     "Each callback gets back what is its own; to leave one out is an error."
-    pair, others = [fitnet(), KD(trained_teacher(), FitNet(), 'block1', 'block1')], [fitnet(), KD(trained_teacher(), FitNet(), 'block1', 'block1')]
+    pair, others = [[fitnet(), KD(trained_teacher(), FitNet(), 'block1', 'block1')] for _ in range(2)]
     fitted(learner(path=tmp_path), [*pair, CheckpointCallback()], n_epoch=1)
     learn = learner(path=tmp_path)
     assert learn.load_checkpoint(cbs=others) == 1
@@ -275,7 +275,7 @@ def test_checkpoint_of_two_callbacks(tmp_path):
         state, restored = cb.state_dict(), other.state_dict()
         assert state['epochs_done'] == 1 and restored['epochs_done'] == 0 # the fit goes on
         assert same(state['loss'], restored['loss'])
-    with pytest.raises(ValueError, match='checkpoint.pth holds 2 distillation callbacks, not 0: pass them, `cbs=kd`'): learn.load_checkpoint()
+    with pytest.raises(ValueError, match='pth holds 2 distillation callbacks, not 0: pass them, `cbs=kd`'): learn.load_checkpoint()
     learn.save('student')
     with pytest.raises(ValueError, match='student.pth was not written by `learn.save_checkpoint`'): learn.load_checkpoint('student')
 

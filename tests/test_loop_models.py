@@ -149,9 +149,8 @@ def with_vocab(dls, **attrs):
 
 def classifier(width, seed=0):
     dls = with_vocab(loaders([(x, i%2) for i, x in enumerate(texts())], bs=4), c=2)
-    config = small(awd_lstm_clas_config, width)
-    return quiet(seeded(text_classifier_learner, dls, AWD_LSTM, seed=seed, config=config, pretrained=False, loss_func=CrossEntropyLossFlat(),
-        opt_func=SGD))
+    settings = dict(config=small(awd_lstm_clas_config, width), pretrained=False, loss_func=CrossEntropyLossFlat(), opt_func=SGD)
+    return quiet(seeded(text_classifier_learner, dls, AWD_LSTM, seed=seed, **settings))
 
 def language(width, seed=0):
     dls = with_vocab(DataLoaders(*[LMDataLoader(texts(), bs=4, seq_len=6, num_workers=0, device='cpu', shuffle=False) for _ in range(2)]))
@@ -234,8 +233,8 @@ def test_transformers_teacher():
     "A model of transformers teaches, and a field of its output is a layer."
     transformers = pytest.importorskip('transformers')
     def bert(width, seed=0):
-        config = transformers.BertConfig(vocab_size=30, hidden_size=width, num_hidden_layers=2, num_attention_heads=2, intermediate_size=width,
-            num_labels=2, output_hidden_states=True)
+        config = transformers.BertConfig(vocab_size=30, hidden_size=width, intermediate_size=width, num_hidden_layers=2,
+            num_attention_heads=2, num_labels=2, output_hidden_states=True)
         return seeded(transformers.BertForSequenceClassification, config, seed=seed)
     dls = loaders([(x, i%2) for i, x in enumerate(texts())], bs=4)
     def task(output, y): return F.cross_entropy(output.logits, y)
