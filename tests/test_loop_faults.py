@@ -331,7 +331,8 @@ def test_batches_without_labels():
     assert all(torch.equal(before[name], value) for name, value in learned.items())
 
 LOSSES = dict(response=SoftTarget, classes=DIST, adapter=lambda: FitNet().on('block2', 'block2'),
-    memory=lambda: CRD().on('block2', 'block2'), similarities=lambda: PKT().on('block2', 'block2'), distances=lambda: RKD().on('block2', 'block2'))
+    memory=lambda: CRD().on('block2', 'block2'), similarities=lambda: PKT().on('block2', 'block2'),
+    distances=lambda: RKD().on('block2', 'block2'))
 
 @shows('learn.fit(5, cbs=kd)  # with drop_last=False')
 @pytest.mark.parametrize('name', LOSSES)
