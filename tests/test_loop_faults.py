@@ -330,9 +330,9 @@ def test_batches_without_labels():
     learned = {name: value for name, value in weights(learn.model).items() if 'running' not in name and 'num' not in name}
     assert all(torch.equal(before[name], value) for name, value in learned.items())
 
-LOSSES = dict(response=SoftTarget, classes=DIST, adapter=lambda: FitNet().on('block2', 'block2'),
-    memory=lambda: CRD().on('block2', 'block2'), similarities=lambda: PKT().on('block2', 'block2'),
-    distances=lambda: RKD().on('block2', 'block2'))
+def of_block(loss): return lambda: loss().on('block2', 'block2')
+LOSSES = dict(response=SoftTarget, classes=DIST, adapter=of_block(FitNet), memory=of_block(CRD), similarities=of_block(PKT),
+    distances=of_block(RKD))
 
 @shows('learn.fit(5, cbs=kd)  # with drop_last=False')
 @pytest.mark.parametrize('name', LOSSES)
