@@ -357,7 +357,7 @@ def test_show_graph():
     assert train == [list(range(8)), [float(o) for o in learn.recorder.losses]] and valid[0] == [4, 8]
     assert valid[1][-1] == pytest.approx(learn.validate()[0], abs=1e-6)
 
-@shows('Learner(dls, student, cbs=[kd, Recorder(train_metrics=True)], default_cbs=False)')
+@shows('learn.recorder.train_metrics = True; learn.fit(5, cbs=kd)')
 def test_train_metrics():
     "With training metrics shown, ours are among them, and the columns of the validation hold no number of ours."
     learn = learner()
