@@ -10,6 +10,8 @@ from functools import cache
 from sklearn.datasets import load_digits
 from torch import nn
 
+def slow(*args): return pytest.param(*args, marks=pytest.mark.slow)
+
 # one line that a user writes; notebook 40 makes a table of these lines and of the first lines of their tests' docstrings
 def shows(line): return lambda test: test
 

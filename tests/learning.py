@@ -25,7 +25,8 @@ def with_banks(): return KD(trained_teacher(), CRD(dim=4, negatives=8, form='nce
 def with_queue(): return KD(trained_teacher(), CRD(dim=4, negatives=40), 'block2', 'block2', task_weight=1.)
 def with_masks(): return KD(trained_teacher(), MaskedGenerative(), 'block2', 'block2', weight=1e-3, task_weight=1.)
 
-each_kind = pytest.mark.parametrize('make', [fitnet, projected, with_banks, with_queue, with_masks])
+KINDS = fitnet, projected, with_banks, with_queue, with_masks
+each_kind = pytest.mark.parametrize('make', KINDS)
 
 def adapters(cb): return {name: p.detach().clone() for name, p in cb.loss.named_parameters()}
 

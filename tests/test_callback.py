@@ -12,7 +12,6 @@ from helpers import (At, ByHand, attention, convnet, digits, fitted, furthest, l
     trained_teacher, weights)
 from types import SimpleNamespace
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 BLOCKS = ['block1', 'block2']
 

@@ -2,8 +2,8 @@
 import copy, pytest, torch, torch.nn.functional as F, warnings
 from fastai.basics import CrossEntropyLossFlat, Learner
 from fastkd.all import *
-from helpers import (At, convnet, digits, error_of, fitted, furthest, learner, loaders, named_learner, quiet, recorded, same, seeded,
-    soft_target,     trained_teacher, weights)
+from helpers import (convnet, digits, error_of, fitted, furthest, learner, loaders, named_learner, quiet, recorded, same, seeded,
+    soft_target, trained_teacher, weights)
 from torch import nn
 
 def KD(*args, **kwargs): return KnowledgeDistillationCallback(*args, **kwargs)
