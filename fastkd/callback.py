@@ -24,7 +24,7 @@ from .advice import classes_that_coexist, quiet_parts, teacher_at_chance
 from .learned import LearnedParts, average, broadcast, broadcast_statistics, scaler_of, together
 from .learners import from_learner
 from .losses.core import Loss, Mixed, Probe, Sum, as_sum, loss_name
-from .modules import Captures, evaluating, logits, missing_layer, reset_state, unwrap_model
+from .modules import Captures, evaluating, logits, missing_layer, on_host, reset_state, unwrap_model
 from .schedules import as_schedules, check_curve, scheduled_value
 from .teachers import Frozen, Teacher
 
@@ -497,7 +497,7 @@ def _watch(self:KnowledgeDistillationCallback, distillation, given):
     "Notice a distillation loss that is not finite though the student's prediction is"
     fit = self._fit
     blamed = ~torch.as_tensor(distillation).isfinite() & given['pred'].detach().sum().isfinite()
-    if fit.advised and blamed.device.type != 'cpu': fit.blamed = blamed if fit.blamed is None else fit.blamed | blamed
+    if fit.advised and not on_host(blamed): fit.blamed = blamed if fit.blamed is None else fit.blamed | blamed
     elif blamed:
         answer = [value for value in (given['teacher_pred'], *given['fm_t'].values()) if value is not None]
         by_loss = all(o.isfinite().all() for o in answer)

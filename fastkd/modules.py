@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['unwrap_model', 'reset_state', 'get_module_by_name', 'get_model_layers', 'nearest_names', 'missing_layer', 'logits',
-           'read_field', 'StopForward', 'Captures', 'evaluating', 'match_feature_layers']
+           'read_field', 'StopForward', 'Captures', 'evaluating', 'on_host', 'match_feature_layers']
 
 # %% ../nbs/00_modules.ipynb #35871053
 import difflib
@@ -224,6 +224,10 @@ def evaluating(
         yield
     finally:
         for module in training: module.training = True
+
+def on_host(tensor):
+    "Whether the host need not wait to know what is in `tensor`"
+    return tensor.device.type == 'cpu'
 
 # %% ../nbs/00_modules.ipynb #d7f5c601
 def _grid(shape, square):

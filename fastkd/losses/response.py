@@ -149,7 +149,7 @@ def decorrelation(
 # %% ../../nbs/11_losses.response.ipynb #bf9ec1e4
 class DIST(ResponseLoss):
     "One minus the correlation of predictions, over the classes and over the batch, times T² (Huang et al. 2022)"
-    usual_weight, positive, at_least = 2, ('T',), dict(beta=0, gamma=0)
+    usual_weight, positive, at_least, rows_alone = 2, ('T',), dict(beta=0, gamma=0), False
     def __init__(self,
         beta:float=1., # Factor of the rows: relations between classes, >= 0
         gamma:float=1., # Factor of the columns: relations within a class, >= 0

@@ -9,7 +9,7 @@ __all__ = ['TokenLoss', 'mapped_layers', 'check_layer_map', 'MappedLoss', 'Embed
 # %% ../../nbs/14_losses.sequence.ipynb #9daa37e5
 import math, torch, torch.nn.functional as F
 from fastcore.basics import store_attr
-from .core import AdaptedLoss, PairLoss, counted_rows
+from .core import AdaptedLoss, PairLoss, counted_mean, fit_mask
 from torch import Tensor, nn
 
 # %% ../../nbs/14_losses.sequence.ipynb #3f372617
@@ -25,10 +25,10 @@ class TokenLoss(PairLoss):
         return self.total(fm_s, fm_t, mask=mask)
 
     def pair(self, student, teacher, *part, mask=None):
-        if mask is not None:
-            student, teacher = student.movedim(self.place, 1), teacher.movedim(self.place, 1)
-            student, teacher = counted_rows(mask, student.shape[:2], student.flatten(0, 1), teacher.flatten(0, 1))
-        return self.compare(student, teacher, *part) if len(student) else student.sum() # 0, where nothing counts
+        compare = lambda student, teacher: self.compare(student, teacher, *part)
+        if mask is None: return compare(student, teacher)
+        student, teacher = student.movedim(self.place, 1), teacher.movedim(self.place, 1)
+        return counted_mean(compare, fit_mask(mask, student.shape[:2]), student.flatten(0, 1), teacher.flatten(0, 1))
 
     def bring(self, student, teacher):
         "Refuse activations without common positions"
