@@ -1,6 +1,7 @@
 "Everything that a notebook user needs: `from fastkd.all import *`"
 from fastkd.cache import CachedTeacher
 from fastkd.callback import *
+from fastkd.checkpoints import *
 from fastkd.losses.core import *
 from fastkd.losses.dense import *
 from fastkd.losses.feature import *

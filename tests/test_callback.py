@@ -10,6 +10,7 @@ from fastkd.all import *
 from functools import partial
 from helpers import (At, ByHand, attention, convnet, digits, fitted, furthest, learner, loaders, quiet, same, seeded, soft_target,
     trained_teacher, weights)
+from collections import OrderedDict
 from types import SimpleNamespace
 from torch import nn
 
@@ -260,8 +261,8 @@ def messages(learn, *cbs, n_fits=1):
         for _ in range(n_fits): fitted(learn, cbs)
     return [str(o.message) for o in said if issubclass(o.category, UserWarning)]
 
-HEALTHY = dict(soft_target=lambda: SoftTarget(T=4), sum=lambda: SoftTarget(T=4) + (1000*Attention()).on(BLOCKS, BLOCKS)
-    + (100*FitNet()).on('block2', 'block2') + (30000*PKT()).on('head.1', 'head.1'), logits=Logits)
+HEALTHY = dict(soft_target=lambda: SoftTarget(T=4), sum=lambda: SoftTarget(T=4) + (30*Attention()).on(BLOCKS, BLOCKS)
+    + (3*FitNet()).on('block2', 'block2') + (30000*PKT()).on('head.1', 'head.1'), logits=Logits)
 
 @pytest.mark.parametrize('loss', HEALTHY.values(), ids=HEALTHY)
 def test_nothing_is_said_of_what_works(loss): assert messages(student(), KD(trained_teacher(), loss()), n_fits=2) == []
@@ -271,11 +272,36 @@ def test_advice_is_given_once():
     assert ['the teacher is right on' in o for o in said] == [True, False]
     assert '1000*Attention(p=2)' in said[1]
 
+def test_a_part_that_drowns_the_labels():
+    "The usual factor is one for large maps; on 8x8 pictures it is named, with one that fits"
+    said = messages(student(), KD(trained_teacher(), SoftTarget(T=4) + 1000*Attention(), BLOCKS, BLOCKS))
+    assert len(said) == 1 and 'so the labels hardly count' in said[0] and '1000*Attention(p=2)' in said[0]
+    factor = float(said[0].split('the factor is ')[1].split(':')[0])
+    assert 1 < factor < 100 and messages(student(), KD(trained_teacher(), SoftTarget(T=4) + factor*Attention(), BLOCKS, BLOCKS)) == []
+
+def test_a_part_of_factor_zero_is_meant_so():
+    assert messages(student(), KD(trained_teacher(), SoftTarget(T=4) + 0*Attention(), BLOCKS, BLOCKS)) == []
+
+@pytest.mark.parametrize('side', ['student', 'teacher'])
+def test_models_that_end_in_a_softmax(side):
+    models = dict(student=seeded(convnet, 4), teacher=trained_teacher())
+    models[side] = nn.Sequential(OrderedDict(models[side].named_children(), softmax=nn.Softmax(1)))
+    said = messages(learner(models['student']), KD(models['teacher'], SoftTarget))
+    assert [f"the {side}'s predictions are probabilities" in o for o in said].count(True) == 1
+
+@pytest.mark.parametrize('n', [1, 2, 3])
+def test_the_same_distillation_twice(n):
+    "As when a notebook's cell with `add_cb` runs again; two different ones are no mistake"
+    teacher, learn = trained_teacher(), student()
+    for _ in range(n): learn.add_cb(KD(teacher, SoftTarget(T=4)))
+    said = messages(learn, KD(teacher, SoftTarget(T=2)))
+    assert [f'is in this fit {n} times' in o for o in said] == [True]*(n > 1)
+
 def test_only_the_first_batch_is_looked_at(monkeypatch):
     "Advice costs two backward passes, and a part that has been learned is quiet for a good reason"
     import fastkd.callback
     calls = []
-    monkeypatch.setattr(fastkd.callback, 'quiet_parts', lambda *args: calls.append(1) or {})
+    monkeypatch.setattr(fastkd.callback, 'unbalanced_parts', lambda *args: calls.append(1) or {})
     fitted(student(), KD(trained_teacher(), SoftTarget), n_epoch=3)
     assert calls == [1]
 

@@ -212,7 +212,7 @@ def counted_mean(
 
 # %% ../../nbs/10_losses.core.ipynb #9fc6673e
 class ResponseLoss(Loss):
-    "Base of losses that compare predictions: implement `rows(student, teacher) -> (N,)` or `mean(student, teacher)` on `(N, n_classes)` logits"
+    "Base of losses on predictions: implement `rows(student, teacher) -> (N,)` or `mean(student, teacher)` on `(N, n_classes)` logits"
     least_classes = 2 # 1 for losses that compare single outputs, too
     rows_alone = True # Whether each row is compared on its own
 

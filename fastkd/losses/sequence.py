@@ -120,6 +120,13 @@ class AttentionMaps(MappedLoss):
         finite = log_maps.clamp(min=torch.finfo(maps.dtype).min) # where all heads are -inf, `logsumexp` has no gradient
         return finite.logsumexp(1, keepdim=True) - math.log(maps.shape[1])
 
+    def check(self, probe):
+        super().check(probe)
+        for name, maps in [*probe.fm_s.items(), *probe.fm_t.items()]:
+            if self.input == 'scores' or (maps >= 0).all() and (maps.float().sum(-1) < 1.01).all(): continue
+            raise ValueError(f"{self}: what '{name}' returns are no probabilities, which are not negative and sum to 1; attention before "
+                "its softmax is AttentionMaps('scores')")
+
     def compare(self, student, teacher):
         n_s, n_t = student.shape[-1], teacher.shape[-1]
         if n_s != n_t: raise ValueError(f'{n_s} keys of the student, {n_t} of the teacher')
