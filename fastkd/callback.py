@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .advice import classes_that_coexist, quiet_parts, teacher_at_chance
 from .learned import LearnedParts, broadcast
 from .learners import from_learner
-from .losses.core import Loss, Mixed, Probe, Sum, as_sum, loss_name
+from .losses.core import Loss, Mixed, Probe, Sum, _tensors, as_sum, loss_name
 from .modules import Captures, evaluating, logits, missing_layer, reset_state, unwrap_model
 from .schedules import as_schedules, check_curve, scheduled_value
 from .teachers import Frozen, Teacher
@@ -166,16 +166,16 @@ def _numbered(dl): return isinstance(dl, DataLoader) and dl.indexed
 @patch
 def _ask(self:KnowledgeDistillationCallback, teacher, xb):
     "The teacher's answer for a batch, or for its first samples"
-    index = dict(index=self._index()[:len(xb[0])]) if teacher.wants_index else {}
+    index = dict(index=self._index()[:len(next(_tensors(xb)))]) if teacher.wants_index else {}
     return teacher.outputs(xb, self._fit.teachers, pred=self._fit.wants_pred, **index)
 
 @patch
 def _index(self:KnowledgeDistillationCallback):
     "Positions of the batch's samples in the dataset, in the order in which fastai's loader drew them; None with other loaders"
-    dl, n = self.learn.dl, len(self.learn.xb[0])
+    dl, x = self.learn.dl, next(_tensors(self.learn.xb))
     if not _numbered(dl): return None
     start = self.learn.iter*dl.bs
-    return torch.as_tensor(list(dl._DataLoader__idxs[start:start + n])).to(self.learn.xb[0].device, non_blocking=True)
+    return torch.as_tensor(list(dl._DataLoader__idxs[start:start + len(x)])).to(x.device, non_blocking=True)
 
 # %% ../nbs/30_callback.ipynb #ea107a4a
 def _inside_fit(learn):
@@ -247,10 +247,10 @@ def _mean(self:KnowledgeDistillationCallback, name):
 def cleanup(self:KnowledgeDistillationCallback):
     "Take away hooks and columns, and forget the fit; safe at any time"
     fit, self._fit = self._fit, None
-    if fit is not None: fit.teacher.flush()
     if fit is not None and fit.captures is not None: fit.captures.remove()
     if fit is not None and fit.before is not None: self._restore(fit.before) # what `lr_find` taught, also if it failed
     if self.learn is not None: self.learn.metrics = self.learn.metrics.filter(lambda metric: getattr(metric, 'cb', None) is not self)
+    if fit is not None: fit.teacher.flush()
 
 @patch
 def after_fit(self:KnowledgeDistillationCallback):
