@@ -109,13 +109,14 @@ def write_block(
     "Write a block to a file that is whole or not there"
     keys = torch.frombuffer(bytearray().join(block.keys), dtype=torch.uint8).view(len(block.keys), -1)
     part = folder/f'{uuid4().hex}.part'
+    content = _safetensors().torch.save(dict(keys=keys, **block.tensors))
     try:
-        _safetensors().torch.save_file(dict(keys=keys, **block.tensors), part)
-        with part.open('rb+') as f:
-            digest = hashlib.blake2b(f.read(), digest_size=16).hexdigest()
+        with part.open('wb') as f:
+            f.write(content)
+            f.flush()
             os.fsync(f.fileno())
         number = max((int(file.name[:8]) for file in folder.glob('*.safetensors')), default=0) + 1
-        file = folder/f'{number:08d}-{digest}.safetensors'
+        file = folder/f'{number:08d}-{hashlib.blake2b(content, digest_size=16).hexdigest()}.safetensors'
         os.replace(part, file)
     finally: part.unlink(missing_ok=True)
     return read_block(file)
@@ -224,7 +225,7 @@ class CachedTeacher(Teacher):
         self.source, self.path, self.memory = teacher, path and Path(path), Memory(max_bytes)
         self.teacher = Frozen(teacher) if isinstance(teacher, nn.Module) else None if isinstance(teacher, Learner) else teacher
         self.hits, self.misses, self.n_pending, self.checked = 0, 0, 0, set()
-        self.character, self.identity, self.versions = None, None, None
+        self.character, self.identity, self.versions, self.watched = None, None, None, None
         self.repeats, self.kinds, self.epoch_start, self.n_epoch, self.n_fruitless = True, set(), (0, 0), 0, 0
         if self.path:
             _safetensors()
@@ -301,9 +302,12 @@ def _keys(self:CachedTeacher, inputs):
 @patch
 def _identity(self:CachedTeacher):
     "The teacher's digest; computed again for a new epoch, and when weights have changed"
-    versions = [(value.data_ptr(), value._version) for _, value in _weights(self.teacher)]
+    weights = [value for _, value in _weights(self.teacher)]
+    versions = [(value.data_ptr(), value._version) for value in weights]
     if self.character is None: self.character = character(self.teacher, self.path is not None)
-    if versions != self.versions: self.identity, self.versions = identity(self.teacher, described=self.character), versions
+    if versions != self.versions:
+        self.identity, self.versions = identity(self.teacher, described=self.character), versions
+        self.watched = [value.detach() for value in weights] # while these live, no other weights take their places in memory
     return self.identity
 
 # %% ../nbs/23_cache.ipynb #23c0001e
@@ -388,7 +392,7 @@ def flush(self:CachedTeacher):
         if block.file is None: groups.setdefault(kind, []).append(block)
     try:
         for blocks in groups.values(): self._write(blocks)
-    except (OSError, _safetensors().SafetensorError) as e:
+    except OSError as e:
         warnings.warn(f'the cache cannot be written to {self.path}, and goes on in memory: {e}', stacklevel=2)
         self.path = None
     self.n_pending = 0

@@ -108,6 +108,8 @@ def _as_teacher(self:KnowledgeDistillationCallback):
     elif isinstance(teacher, nn.Module): teacher = Frozen(teacher, *settings)
     elif settings != (logits, None, None):
         raise ValueError(f'{teacher} has settings of its own: give it logits, teacher_input and teacher_dtype')
+    elif teacher.wants_index and not _numbered(self.learn.dls.train):
+        raise ValueError(f'{teacher} needs the positions of samples in the dataset, which these loaders do not supply')
     else: teacher = teacher.for_student(self.learn, self._axis())
     return teacher.to(next(self.learn.model.parameters()).device)
 
@@ -115,8 +117,6 @@ def _as_teacher(self:KnowledgeDistillationCallback):
 def _check_models(self:KnowledgeDistillationCallback, teacher):
     "The student is no part of its teacher, and one process runs it on one device"
     model = self.learn.model
-    if teacher.wants_index and not _numbered(self.learn.dls.train):
-        raise ValueError(f'{teacher} needs the positions of samples in the dataset, which these loaders do not supply')
     if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
         raise ValueError('DataParallel over several devices mixes up the activations of its replicas: train with '
             '`with learn.distrib_ctx(): learn.fit(...)` instead')
