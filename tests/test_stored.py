@@ -29,7 +29,8 @@ def whole(folder):
     return folder/'all.npy'
 
 SOURCES = dict(tensor=lambda folder: answers(), array=lambda folder: answers().numpy(), file=whole, path=lambda folder: str(whole(folder)),
-    memmap=lambda folder: np.load(whole(folder), mmap_mode='r'), rows=lambda folder: list(answers()), arrays=lambda folder: list(answers().numpy()),
+    memmap=lambda folder: np.load(whole(folder), mmap_mode='r'), rows=lambda folder: list(answers()),
+    arrays=lambda folder: list(answers().numpy()),
     files=on_disk, names=lambda folder: [str(file) for file in on_disk(folder)], dict=lambda folder: dict(enumerate(answers())),
     function=lambda folder: lambda i: answers()[i], file_by_function=lambda folder: lambda i, files=on_disk(folder): files[i],
     numbers=lambda folder: answers().tolist())
@@ -86,19 +87,20 @@ class Numbered(torch.utils.data.Dataset):
     def __len__(self): return self.n
     def __getitem__(self, i): return torch.tensor([float(i), 1., 2., i%3]), i%3
 
-def numbered(n=50, bs=8, valid=8, **kwargs):
+def numbered(n=50, bs=8, **kwargs):
     train = TfmdDL(Numbered(n), bs=bs, **{**dict(shuffle=True, drop_last=True, num_workers=0), **kwargs})
-    return DataLoaders(train, TfmdDL(Numbered(valid), bs=8, num_workers=0))
+    return DataLoaders(train, valid())
 
 class Odd(TfmdDL):
     "A loader that draws some positions only"
     def get_idxs(self): return [i for i in super().get_idxs() if i%2]
 
+def valid(): return TfmdDL(Numbered(8), bs=8, num_workers=0)
+def drawn(cls, **kwargs): return DataLoaders(cls(Numbered(), bs=8, shuffle=True, drop_last=True, num_workers=0, **kwargs), valid())
+
 LOADERS = dict(shuffled=lambda: numbered(), in_order=lambda: numbered(shuffle=False), all=lambda: numbered(drop_last=False),
     workers=lambda: numbered(num_workers=2), single=lambda: numbered(bs=1, n=5),
-    odd=lambda: DataLoaders(Odd(Numbered(), bs=8, shuffle=True, drop_last=True, num_workers=0), TfmdDL(Numbered(8), bs=8, num_workers=0)),
-    weighted=lambda: DataLoaders(WeightedDL(Numbered(), wgts=list(range(1, 51)), bs=8, shuffle=True, drop_last=True, num_workers=0),
-        TfmdDL(Numbered(8), bs=8, num_workers=0)))
+    odd=lambda: drawn(Odd), weighted=lambda: drawn(WeightedDL, wgts=list(range(1, 51))))
 
 @pytest.mark.parametrize('name', LOADERS)
 def test_positions(name):
