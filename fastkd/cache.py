@@ -237,7 +237,11 @@ class CachedTeacher(Teacher):
             _safetensors()
             self.path.mkdir(parents=True, exist_ok=True)
             if not os.access(self.path, os.W_OK): raise PermissionError(f'a cache cannot be written to {self.path}')
-            for block in read_folder(self.path): self.memory.add(block)
+            found = read_folder(self.path)
+            for block in found: self.memory.add(block)
+            if n := len(found) - len(self.memory.blocks):
+                warnings.warn(f'{self.path} held more than max_bytes={max_bytes}: the oldest {n} of its {len(found)} files were deleted',
+                    stacklevel=2)
         self.earlier = {block.file for block in self.memory.blocks}
 
     def settings(self): return self.teacher.settings()
@@ -380,12 +384,13 @@ def live(self:CachedTeacher): return self.teacher.live
 @patch
 def _give_up(self:CachedTeacher, asked):
     "Say that nothing repeats, and step aside; what earlier runs wrote stays"
-    self.repeats = False
+    self.repeats, n = False, self.memory.n_samples
+    full = f'. So does a max_bytes of {self.memory.max_bytes}, which holds {n} answers: give a larger one' if n < asked else ''
     for block in list(self.memory.blocks):
         if block.file in self.earlier: block.file = None
         self.memory.drop(block)
     warnings.warn(f'of {asked} inputs in the last epoch the teacher had seen almost none before, so answers are no longer kept. Random '
-        'augmentation does that: leave it out to train with a cache, or take the teacher without one, at the same price', stacklevel=2)
+        'augmentation does that: leave it out to train with a cache, or take the teacher without one, at the same price' + full, stacklevel=2)
 
 # %% ../nbs/23_cache.ipynb #23c00024
 SHARD_BYTES = 2**26 # blocks of a batch each are written together, in files of about 64 MB

@@ -29,11 +29,10 @@ def whole(folder):
     return folder/'all.npy'
 
 SOURCES = dict(tensor=lambda folder: answers(), array=lambda folder: answers().numpy(), file=whole, path=lambda folder: str(whole(folder)),
-    memmap=lambda folder: np.load(whole(folder), mmap_mode='r'), rows=lambda folder: list(answers()),
-    arrays=lambda folder: list(answers().numpy()),
-    files=on_disk, names=lambda folder: [str(file) for file in on_disk(folder)], dict=lambda folder: dict(enumerate(answers())),
-    function=lambda folder: lambda i: answers()[i], file_by_function=lambda folder: lambda i, files=on_disk(folder): files[i],
-    numbers=lambda folder: answers().tolist())
+    memmap=lambda folder: np.load(whole(folder), mmap_mode='r'), rows=lambda folder: list(answers()), files=on_disk,
+    arrays=lambda folder: list(answers().numpy()), names=lambda folder: [str(file) for file in on_disk(folder)],
+    dict=lambda folder: dict(enumerate(answers())), numbers=lambda folder: answers().tolist(),
+    function=lambda folder: lambda i: answers()[i], file_by_function=lambda folder: lambda i, files=on_disk(folder): files[i])
 
 def KD(teacher, loss=SoftTarget(T=4), **kwargs): return KnowledgeDistillationCallback(teacher, loss, **kwargs)
 
