@@ -47,6 +47,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'fastkd.cache._code': ('cache.html#_code', 'fastkd/cache.py'),
                               'fastkd.cache._described': ('cache.html#_described', 'fastkd/cache.py'),
                               'fastkd.cache._device': ('cache.html#_device', 'fastkd/cache.py'),
+                              'fastkd.cache._function': ('cache.html#_function', 'fastkd/cache.py'),
                               'fastkd.cache._in_order': ('cache.html#_in_order', 'fastkd/cache.py'),
                               'fastkd.cache._merged': ('cache.html#_merged', 'fastkd/cache.py'),
                               'fastkd.cache._multipliers': ('cache.html#_multipliers', 'fastkd/cache.py'),

@@ -1,5 +1,5 @@
 "A cache that is never wrong: fingerprints, what is kept and for how long, what is written, and training with it."
-import copy, os, pickle, pytest, random, resource, signal, subprocess, sys, time, torch
+import copy, numpy as np, os, pickle, pytest, random, resource, signal, subprocess, sys, time, torch, torch.nn.functional as F
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, SGD, load_learner, set_seed
 from fastai.callback.fp16 import AMPMode
 from fastai.callback.mixup import MixUp
@@ -15,7 +15,7 @@ from fastkd.learners import _select
 from fastkd.modules import logits
 from fastkd.stored import StoredTeacher
 from fastkd.teachers import Frozen, Teacher
-from functools import partial
+from functools import partial, wraps
 from helpers import (At, OnCPU, convnet, digits, fitted, furthest, learner, loaders, named_learner, quiet, raising, same, seeded,
     trained_teacher, weights)
 from hypothesis import given, settings, strategies as st
@@ -163,14 +163,41 @@ def test_quantized_teachers_differ():
     one, other = [torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 3))) for _ in range(2)]
     assert identity(Frozen(one)) != identity(Frozen(other))
 
-def test_a_rewritten_function_is_another(tmp_path):
+REWRITTEN = ['def find(output): return output', 'def find(output): return output*2', 'def find(output): return output*3',
+    'def find(output, k=1): return output*k', 'def find(output, k=2): return output*k', 'def find(output, *, k=2): return output*k',
+    '@twice\ndef find(output): return output', '@twice\ndef find(output): return output + 1',
+    'def find(output): return (lambda o: o + 1)(output)', 'def find(output): return (lambda o: o + 2)(output)']
+
+def twice(func):
+    "A decorator"
+    @wraps(func)
+    def inner(output): return func(func(output))
+    return inner
+
+def test_a_rewritten_function_is_another():
     "A cell of a notebook that is changed and run again gives a function of the same name"
-    found = []
-    for body in 'output', 'output*2', 'output*3':
-        space = {'__name__': 'fastkd.cache'}
-        exec(f'def find(output): return {body}', space)
-        found.append(identity(Frozen(seeded(Scaled), space['find']), on_disk=True))
-    assert len(set(found)) == 3
+    def made(code):
+        space = {'__name__': 'fastkd.cache', 'twice': twice}
+        exec(code, space)
+        return identity(Frozen(seeded(Scaled), space['find']), on_disk=True)
+    found = [made(code) for code in REWRITTEN]
+    assert len(set(found)) == len(REWRITTEN) and found == [made(code) for code in REWRITTEN]
+
+class Settled(nn.Module):
+    "A layer with a setting"
+    def __init__(self, setting):
+        super().__init__()
+        self.setting = setting
+
+def test_plain_attributes():
+    "Numbers of all kinds, names, functions, and lists and dicts of them; each another teacher, and the same when made again"
+    def make():
+        numbers = [0, 0., 1, True, np.float32(2), np.float64(2), np.int64(3)]
+        lists = [None, 'a', 'b', (1, 2), [1, 2], {'a': 1}, {'a': 2}, {1, 2}]
+        of_torch = [torch.float16, torch.tensor([1.]), torch.tensor([2.]), torch.Size([1, 2]), torch.relu, torch.tanh, nn.ReLU]
+        return [*numbers, *lists, *of_torch, F.gelu, F.relu, partial(F.gelu, approximate='tanh'), first_half, other_half]
+    found = [identity(Frozen(Settled(o))) for o in make()]
+    assert len(set(found)) == len(found) and found == [identity(Frozen(Settled(o))) for o in make()]
 
 @pytest.mark.parametrize('teacher', [lambda: Frozen(Scaled(), lambda output: output), lambda: type('Mine', (Teacher,), {})()])
 def test_what_cannot_be_told_from_others(teacher, tmp_path):
