@@ -17,13 +17,13 @@ import torch, torch.nn.functional as F
 from fastai.basics import AvgMetric, Callback, DataLoader, Learner, Metric, Recorder, ValueMetric, apply, mk_metric
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
-from fastai.torch_core import find_bs, find_device, no_random
+from fastai.torch_core import no_random
 from fastcore.basics import detuplify, listify, patch
 from torch import Tensor, nn
 from .advice import classes_that_coexist, predicts_probabilities, teacher_at_chance, unbalanced_parts
 from .learned import LearnedParts, average, broadcast, broadcast_statistics, scaler_of, together
 from .learners import from_learner
-from .losses.core import Loss, Mixed, Probe, Sum, as_sum, loss_name
+from .losses.core import Loss, Mixed, Probe, Sum, _tensors, as_sum, loss_name
 from .modules import Captures, evaluating, logits, missing_layer, on_host, reset_state, unwrap_model
 from .schedules import as_schedules, check_curve, scheduled_value
 from .teachers import Frozen, Teacher
@@ -110,6 +110,8 @@ def _as_teacher(self:KnowledgeDistillationCallback):
     elif isinstance(teacher, nn.Module): teacher = Frozen(teacher, *settings)
     elif settings != (logits, None, None):
         raise ValueError(f'{teacher} has settings of its own: give it logits, teacher_input and teacher_dtype')
+    elif teacher.wants_index and not _numbered(self.learn.dls.train):
+        raise ValueError(f'{teacher} needs the positions of samples in the dataset, which these loaders do not supply')
     else: teacher = teacher.for_student(self.learn, self._axis())
     return teacher
 
@@ -117,8 +119,6 @@ def _as_teacher(self:KnowledgeDistillationCallback):
 def _check_models(self:KnowledgeDistillationCallback, teacher):
     "The student is no part of its teacher, and one process runs it on one device"
     model = self.learn.model
-    if teacher.wants_index and not _numbered(self.learn.dls.train):
-        raise ValueError(f'{teacher} needs the positions of samples in the dataset, which these loaders do not supply')
     if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
         raise ValueError('DataParallel over several devices mixes up the activations of its replicas: train with '
             '`with learn.distrib_ctx(): learn.fit(...)` instead')
@@ -172,16 +172,16 @@ def _numbered(dl):
 @patch
 def _ask(self:KnowledgeDistillationCallback, teacher, xb):
     "The teacher's answer for a batch, or for its first samples"
-    index = dict(index=self._index()[:len(xb[0])]) if teacher.wants_index else {}
+    index = dict(index=self._index()[:len(next(_tensors(xb)))]) if teacher.wants_index else {}
     return teacher.outputs(xb, self._fit.teachers, pred=self._fit.wants_pred, **index)
 
 @patch
 def _index(self:KnowledgeDistillationCallback):
     "Positions of the batch's samples in the dataset, in the order in which fastai's loader drew them; None with other loaders"
-    dl, xb = self.learn.dl, self.learn.xb
+    dl, x = self.learn.dl, next(_tensors(self.learn.xb))
     if not _numbered(dl): return None
     start = self.learn.iter*dl.bs
-    return torch.as_tensor(list(dl._DataLoader__idxs[start:start + find_bs(xb)])).to(find_device(xb), non_blocking=True)
+    return torch.as_tensor(list(dl._DataLoader__idxs[start:start + len(x)])).to(x.device, non_blocking=True)
 
 # %% ../nbs/30_callback.ipynb #ea107a4a
 def _inside_fit(learn):
@@ -262,10 +262,10 @@ def _mean(self:KnowledgeDistillationCallback, name):
 def cleanup(self:KnowledgeDistillationCallback):
     "Take away hooks and columns, and forget the fit; safe at any time"
     fit, self._fit = self._fit, None
-    if fit is not None: fit.teacher.flush()
     if fit is not None and fit.captures is not None: fit.captures.remove()
     if fit is not None and fit.before is not None: self._restore(fit.before) # what `lr_find` taught, also if it failed
     if self.learn is not None: self.learn.metrics = self.learn.metrics.filter(lambda metric: getattr(metric, 'cb', None) is not self)
+    if fit is not None: fit.teacher.flush()
 
 @patch
 def after_fit(self:KnowledgeDistillationCallback):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np, torch
 from fastcore.basics import patch
+from .losses.core import _tensors
 from .teachers import Teacher
 
 # %% ../nbs/24_stored.ipynb #24d00006
@@ -38,7 +39,7 @@ class StoredTeacher(Teacher):
         for i, row in zip(positions, rows):
             if row.shape == rows[0].shape: continue
             raise ValueError(f'{self}: they differ in shape, {tuple(rows[0].shape)} for sample {positions[0]}, {tuple(row.shape)} for {i}')
-        return torch.stack(rows).to(xb[0].device, non_blocking=True), {}
+        return torch.stack(rows).to(next(_tensors(xb)).device, non_blocking=True), {}
 
 # %% ../nbs/24_stored.ipynb #24d00008
 @patch
@@ -47,6 +48,7 @@ def _row(self:StoredTeacher, i):
     try:
         row = self.source(i) if callable(self.source) else self.source[i]
         if isinstance(row, (str, Path)): row = np.load(row)
+        if row is None: raise LookupError(i)
     except (LookupError, FileNotFoundError) as e: raise ValueError(f'{self}: there is none for sample {i} of the training set') from e
     return torch.as_tensor(np.array(row) if isinstance(row, np.ndarray) else row) # a memory map is read here
 
