@@ -1,14 +1,18 @@
 "Small learners, callbacks that interfere, and a hand-written callback to compare with."
-import pytest, random, torch, torch.nn.functional as F
+import pytest, random, sys, torch, torch.nn.functional as F
 from collections import OrderedDict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fastai.basics import Callback, Categorize, CrossEntropyLossFlat, DataLoaders, Datasets, Learner, Normalize, set_seed
 from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.callback.mixup import CutMix
+from fastai.learner import AvgLoss, AvgSmoothLoss
 from fastai.metrics import accuracy
 from fastai.torch_core import TensorImage
 from functools import cache
 from sklearn.datasets import load_digits
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 def slow(*args): return pytest.param(*args, marks=pytest.mark.slow)
 
@@ -169,6 +173,58 @@ def attention(student, teacher):
     return (maps[0] - maps[1]).pow(2).mean()
 
 def by_soft_target(weight=.5): return ByHand(trained_teacher(), lambda pred, teacher_pred, *fms: soft_target(pred, teacher_pred), weight)
+
+aten = torch.ops.aten
+WAITS = {aten._local_scalar_dense, aten.is_nonzero, aten.nonzero, aten.nonzero_numpy, aten.argwhere, aten.masked_select, aten.equal,
+    aten._unique, aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.bincount, aten.histc, aten.repeat_interleave}
+COPIES = Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.item, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__array__
+# its recorder copies the loss to the host for table and plot, and CutMix cuts by numbers that it drew as tensors
+OF_FASTAI = [func.__code__ for func in (AvgLoss.accumulate, AvgSmoothLoss.accumulate, CutMix.before_batch)]
+
+def of_fastai():
+    "Whether fastai itself asks"
+    frame = sys._getframe()
+    while frame is not None and frame.f_code not in OF_FASTAI: frame = frame.f_back
+    return frame is not None
+
+class Waited(Exception): "The host would have waited for a GPU"
+
+class NoCopies(TorchFunctionMode):
+    "Raise where a tensor is copied to the host"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in COPIES and not of_fastai(): raise Waited(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+class NoWaiting(TorchDispatchMode):
+    "Raise where the host has to know what is in a tensor, or how many of its elements are True"
+    def __enter__(self):
+        self.copies = NoCopies()
+        self.copies.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        super().__exit__(*args)
+        self.copies.__exit__(*args)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kind = func.overloadpacket
+        by_mask = kind in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_) and any(
+            o is not None and o.dtype in (torch.bool, torch.uint8) for o in args[1])
+        if (by_mask or kind in WAITS) and not of_fastai(): raise Waited(str(func))
+        return func(*args, **(kwargs or {}))
+
+def as_on_a_gpu(monkeypatch):
+    "Go the way of a GPU, where the host does not know what is in a tensor"
+    for module in ('fastkd.callback', 'fastkd.losses.core'): monkeypatch.setattr(f'{module}.on_host', lambda tensor: False)
+
+def without_waiting(learn, n_first=1):
+    "`learn`, whose training batches after the first `n_first` raise where a host would wait"
+    one_batch, seen = learn.one_batch, []
+    def watched(i, b):
+        if learn.training: seen.append(i)
+        with NoWaiting() if learn.training and len(seen) > n_first else nullcontext(): one_batch(i, b)
+    learn.one_batch, learn.watched = watched, seen
+    return learn
 
 class OnCPU(MixedPrecision):
     "fastai's mixed precision, which knows only CUDA, on a CPU"

@@ -198,16 +198,17 @@ def counted_mean(
     mean:Callable, # `mean(*values)`, a mean over rows
     mask:Tensor, # `(bs, ...)` bool of N positions in all, those that count; None counts all
     *values, # Tensors `(N, ...)`
-    rows_alone=True, # Whether the mean is one of values of single rows
+    rows_alone=True, # Whether the mean is one of values of single rows; else it takes the mask, too, where the host does not know it
 ) -> Tensor: # A scalar; 0 where no row counts
     "`mean` of the rows that count; what stands in the others is never looked at"
     if mask is None: return mean(*values)
     mask = mask.flatten()
-    if on_host(mask) or not rows_alone:
+    if on_host(mask):
         values = [o[mask] for o in values]
         return mean(*values) if len(values[0]) else values[0].sum()
     n, n_all = mask.sum(), len(mask)
     zeros = [torch.where(mask.reshape(-1, *[1]*(o.ndim - 1)), o, 0) for o in values]
+    if not rows_alone: return mean(*zeros, mask)
     return (n_all*mean(*zeros) - (n_all - n)*mean(*(torch.zeros_like(o[:1]) for o in values)))/n.clamp(min=1)
 
 # %% ../../nbs/10_losses.core.ipynb #9fc6673e

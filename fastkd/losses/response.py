@@ -128,10 +128,14 @@ class NormalizedKD(LabelledResponseLoss):
 def standard_scores(
     log_values, # Logarithms of the values `(N, n_classes)`
     dim, # 1 for each row, 0 for each column
+    mask=None, # Rows that count, `(N,)`; the others become 0
 ): # Values `(N, n_classes)`, and which rows or columns are constant
     "Rows or columns with mean 0 and variance 1"
     info = torch.finfo(log_values.dtype)
+    if mask is not None: log_values = log_values.masked_fill(~mask[:, None], -math.inf)
     values = (log_values - log_values.detach().amax(dim, keepdim=True).clamp(min=info.min)).exp_() # no column underflows
+    if mask is not None and dim == 0: # a row of means changes no column's correlation
+        values = torch.where(mask[:, None], values, values.sum(0)/mask.sum().clamp(min=1))
     if dim == 1: units, mean, inverse = torch.native_layer_norm(values, values.shape[1:], None, None, info.tiny)
     else: units, mean, inverse = torch.native_batch_norm(values, None, None, None, None, True, 0., info.tiny)
     return units, mean.detach()*inverse.detach() >= 1/(64*info.eps)
@@ -140,11 +144,13 @@ def decorrelation(
     log_s, # Logarithms of the student's probabilities `(N, n_classes)`
     log_t, # Logarithms of the teacher's
     dim, # 1 for each row, 0 for each column
+    mask=None, # Rows that count, `(N,)`; None counts all
 ): # A scalar between 0 and 2
     "One minus the correlation of `exp(log_s)` and `exp(log_t)` along `dim`, on average: half the squared distance of their directions"
-    (unit_t, is_constant_t), (unit_s, is_constant_s) = standard_scores(log_t, dim), standard_scores(log_s, dim)
+    (unit_t, is_constant_t), (unit_s, is_constant_s) = (standard_scores(o, dim, mask) for o in (log_t, log_s))
     apart = unit_s.sub_(unit_t).mul_(~(is_constant_s | is_constant_t))
-    return (apart*apart).sum()/(2*apart.numel()) + (is_constant_s ^ is_constant_t).sum()/is_constant_s.numel()
+    value = (apart*apart).sum()/(2*apart.numel()) + (is_constant_s ^ is_constant_t).sum()/is_constant_s.numel()
+    return value if dim == 0 or mask is None else value*len(mask)/mask.sum().clamp(min=1)
 
 # %% ../../nbs/11_losses.response.ipynb #bf9ec1e4
 class DIST(ResponseLoss):
@@ -158,9 +164,9 @@ class DIST(ResponseLoss):
         super().__init__()
         store_attr()
 
-    def mean(self, student, teacher):
+    def mean(self, student, teacher, mask=None):
         log_s, log_t = log_probs(student, self.T), log_probs(teacher, self.T)
-        return self.T**2 * (self.beta*decorrelation(log_s, log_t, 1) + self.gamma*decorrelation(log_s, log_t, 0))
+        return self.T**2 * (self.beta*decorrelation(log_s, log_t, 1, mask) + self.gamma*decorrelation(log_s, log_t, 0, mask))
 
 # %% ../../nbs/11_losses.response.ipynb #eec34d4c
 class WeightedSoftLabel(LabelledResponseLoss):
