@@ -9,7 +9,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastkd.all import *
 from helpers import At, OnCPU, convnet, digits, is_unchanged, learner, n_hooks, raising, seeded, state
 from pathlib import Path
-from test_faults import FIT, SCOPES
+from test_loop_faults import FIT, SCOPES
 
 HOME = Path(fastkd.__file__).parent
 BLOCKS = ['block1', 'block2']
