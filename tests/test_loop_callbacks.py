@@ -89,6 +89,7 @@ def test_mixed_precision_without_cuda():
     assert same(weights(found.model), weights(expected.model))
     for learn in found.to_fp32(), expected: fitted(learn, soft(), n_epoch=1)
     assert same(weights(found.model), weights(expected.model))
+    assert gap(list, lambda learn, cbs: learn.to_fp16().fit(2, 1e-2, cbs=cbs)) < 1e-6
 
 @shows('learn.to_fp16(init_scale=2.**40).fit(5, cbs=kd)')
 def test_overflow_skips_the_adapters_too():
@@ -96,10 +97,10 @@ def test_overflow_skips_the_adapters_too():
     cb, learn, seen = fitnet(), learner(), []
     def note(learn): seen.append((weights(nn.ModuleList(learn.model[i] for i in range(1))), adapters(cb)))
     params_of = [At('before_backward', note, 99, 0), At('after_batch', lambda learn: note(learn) if learn.training else None, 99, 0)]
-    fitted(learn, [cb, OnCPU(init_scale=2.**40, growth_interval=1000), *params_of])
+    fitted(learn, [cb, OnCPU(init_scale=2.**40, growth_interval=1000), *params_of], n_epoch=7)
     stays = [torch.equal(a[0]['0.0.weight'], b[0]['0.0.weight']) for a, b in zip(seen[::2], seen[1::2])]
     assert stays == [same(a[1], b[1]) for a, b in zip(seen[::2], seen[1::2])]
-    assert stays[0] and all(p.isfinite().all() for p in cb.loss.parameters())
+    assert stays[0] and not stays[-1] and all(p.isfinite().all() for p in cb.loss.parameters())
 
 def test_overflow_ends():
     "And training goes on, for both, once the scale fits"
@@ -305,6 +306,7 @@ def test_early_stopping(name):
     learn = fitted(learner(n=50), [stop, KD(trained_teacher(), PARTS())], n_epoch=9)
     column = learn.recorder.metric_names.index(name) - 1
     assert len(learn.recorder.values) == 3 and stop.best == learn.recorder.values[0][column]
+    assert learn.recorder.values[-1][1] == pytest.approx(learn.validate()[0], abs=1e-6) # the task's, whatever is watched
 
 @shows("learn.fit(9, cbs=[kd, SaveModelCallback('valid_loss')])")
 @pytest.mark.parametrize('name', ['valid_loss', 'distillation_loss', 'attention_loss'])
@@ -317,6 +319,7 @@ def test_save_model(name, tmp_path):
     values = [float(row[column]) for row in learn.recorder.values]
     best = values.index(min(values))
     assert same(weights(learn.model), seen[best])
+    assert learn.recorder.values[best][1] == pytest.approx(learn.validate()[0], abs=1e-6) # the task's, whatever is watched
     assert torch.load(tmp_path/'models/model.pth', weights_only=True).keys() == convnet(4).state_dict().keys()
 
 @shows("learn.fit(9, cbs=[kd, ReduceLROnPlateau('distillation_loss')])")

@@ -6,6 +6,7 @@ from fastai.callback.schedule import SchedLin
 from fastkd.all import *
 from helpers import (At, by_soft_target, convnet, digits, error_of, fitted, furthest, is_unchanged, learner, n_hooks, raising, same,
     seeded, shows, slow, state, trained_teacher, weights)
+from learning import adapters
 from torch import nn
 
 pytestmark = pytest.mark.filterwarnings('ignore:the teacher is right on', 'ignore:.*its gradient on the student is') # random weights
@@ -163,6 +164,7 @@ def test_next_fit_after_an_interrupt():
     for o in fresh, case: fitted(o.learn)
     assert same(weights(case.learn.model), weights(fresh.learn.model))
     assert case.learn.recorder.values == fresh.learn.recorder.values
+    for o in fresh, case: o.check()
 
 @shows('learn.lr_find()')
 def test_lr_find_interrupted():
@@ -260,10 +262,12 @@ def test_teacher_on_another_device():
 def test_teacher_of_another_dtype(dtype):
     "Its weights stay what they are, and its answer is compared in full precision."
     teacher = trained_teacher().to(dtype)
-    learn = fitted(learner(opt_func=SGD), KD(teacher, SoftTarget() + 10*FitNet().on('block2', 'block2')))
+    before, cbs = weights(teacher), [KD(o, SoftTarget() + 10*FitNet().on('block2', 'block2')) for o in (teacher, trained_teacher())]
+    learn, expected = [fitted(learner(opt_func=SGD), cb) for cb in cbs]
     assert {p.dtype for p in teacher.parameters()} == {dtype} and {p.dtype for p in learn.model.parameters()} == {torch.float32}
-    expected = fitted(learner(opt_func=SGD), KD(trained_teacher(), SoftTarget() + 10*FitNet().on('block2', 'block2')))
-    assert furthest(weights(learn.model), weights(expected.model)) < (.02 if dtype == torch.bfloat16 else 1e-5)
+    assert same(weights(teacher), before)
+    tol = .02 if dtype == torch.bfloat16 else 1e-5
+    assert furthest(weights(learn.model), weights(expected.model)) < tol and furthest(*map(adapters, cbs)) < tol
 
 # ---- Layers that do not run
 
@@ -329,6 +333,8 @@ def test_batches_without_labels():
     learn.fit(1, cbs=[KD(trained_teacher(), SoftTarget), At('before_batch', lambda learn: setattr(learn, 'yb', ()), nth=0)])
     learned = {name: value for name, value in weights(learn.model).items() if 'running' not in name and 'num' not in name}
     assert all(torch.equal(before[name], value) for name, value in learned.items())
+    fitted(learn, [KD(trained_teacher(), SoftTarget), At('before_batch', lambda learn: setattr(learn, 'yb', ()), nth=2)], n_epoch=1)
+    assert len(learn.recorder.distillation['task_loss']) == 3
 
 def of_block(loss): return lambda: loss().on('block2', 'block2')
 LOSSES = dict(response=SoftTarget, classes=DIST, adapter=of_block(FitNet), memory=of_block(CRD), similarities=of_block(PKT),

@@ -126,9 +126,11 @@ def test_lr_find(make, n_fits, tmp_path):
     before, student = learned(found[1]), weights(found[0].model)
     found[0].lr_find(num_it=6, show_plot=False)
     assert same(learned(found[1]), before) and same(weights(found[0].model), student)
+    start = adapters(found[1])
     for learn, cb in plain, found: fitted(learn)
     assert same(weights(plain[0].model), weights(found[0].model)) and same(learned(plain[1]), learned(found[1]))
     assert plain[0].recorder.values == found[0].recorder.values
+    assert not start or furthest(start, adapters(found[1])) > 1e-4 # what is equal has learned
 
 @each_kind
 def test_lr_find_that_fails(make, tmp_path):
@@ -268,9 +270,10 @@ def test_two_callbacks_add_up():
     def pair(): return [soft(weight=.3, task_weight=1.), KD(trained_teacher(), FitNet(), 'block2', 'block2', weight=.2, task_weight=1.)]
     def adapters_of(cbs): return [adapters(cb) for cb in cbs if list(cb.loss.parameters())][0]
     loss = .2*FitNet().on('block2', 'block2') + .3*SoftTarget()
-    one, other, summed = pair(), pair(), KD(trained_teacher(), loss, weight=1., task_weight=1.)
+    one, other, still, summed = pair(), pair(), pair(), KD(trained_teacher(), loss, weight=1., task_weight=1.)
     runs = [fitted(student(opt_func=SGD), cbs) for cbs in (one, other[::-1], summed)]
     found = [adapters_of(cbs) for cbs in (one, other, [summed])]
     for learn in runs[1:]: assert furthest(weights(runs[0].model), weights(learn.model)) < 1e-6
-    assert [len(o) for o in found] == [2, 2, 2]
+    fitted(student(), still, lr=0., n_epoch=1)
+    assert [len(o) for o in found] == [2, 2, 2] and furthest(found[0], adapters_of(still)) > 1e-3
     for values in found[1:]: assert max((a - b).abs().max() for a, b in zip(found[0].values(), values.values())) < 1e-6

@@ -133,6 +133,7 @@ def test_save_and_load(tmp_path):
     assert [len(o['opt']['state']) for o in (one, other)] == [len(list(convnet(4).parameters()))]*2
     plain.load('a')
     assert same(weights(plain.model), weights(learn.model))
+    assert list(learn.recorder.values[-1][1:3]) == pytest.approx(list(plain.validate()), abs=1e-6)
     averages = [[o.opt.state[p]['grad_avg'] for p in o.model.parameters()] for o in (plain, learn)]
     assert equal(*averages)
 

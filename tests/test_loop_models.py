@@ -8,7 +8,7 @@ from fastai.text.learner import language_model_learner, text_classifier_learner
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config, awd_lstm_lm_config
 from fastai.vision.models.unet import DynamicUnet
 from fastkd.all import *
-from helpers import (ByHand, convnet, digits, error_of, fitted, furthest, learner, loaders, n_hooks, quiet,
+from helpers import (ByHand, attention, convnet, digits, error_of, fitted, furthest, learner, loaders, n_hooks, quiet,
     same, seeded, shows, slow, soft_target, trained_teacher, weights)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -27,6 +27,11 @@ def gap(make, teacher, loss, by_hand, lr=1e-2, **kwargs):
     fitted(expected, Sequence(teacher, lambda pred, output, *fms: by_hand(pred, output)), lr=lr)
     assert (n_hooks(found.model), n_hooks(teacher)) == hooks and len(found.recorder.losses) > 1
     return furthest(weights(found.model), weights(expected.model))
+
+def soft_and_attention(factor, layer='block2'):
+    "A prediction and a map, by hand"
+    def loss(pred, output, fm_s, fm_t): return soft_target(pred, output) + factor*attention(fm_s[layer], fm_t[layer])
+    return ByHand(trained_teacher(), loss, layers_s=[layer], layers_t=[layer])
 
 class Sequence(ByHand):
     "As by hand, with a teacher that begins a new sequence in every epoch"
@@ -73,11 +78,11 @@ def test_outputs(form):
     "Predictions in a dict, a tuple or an object, such as those of `transformers`, are found, and train as plain tensors do."
     def task(output, y): return F.cross_entropy(logits(output), y)
     model = Wrapped(seeded(convnet, 4), form)
-    found = learner(model, loss_func=task, metrics=[])
+    found = learner(model, loss_func=task, metrics=[], opt_func=SGD)
     fitted(found, KD(Wrapped(trained_teacher(), form), SoftTarget() + 10*Attention(), 'model.block2', 'model.block2'))
-    expected = learner(loss_func=F.cross_entropy, metrics=[])
-    fitted(expected, KD(trained_teacher(), SoftTarget() + 10*Attention(), 'block2', 'block2'))
-    assert same(weights(found.model.model), weights(expected.model))
+    expected = learner(loss_func=F.cross_entropy, metrics=[], opt_func=SGD)
+    fitted(expected, soft_and_attention(10))
+    assert furthest(weights(found.model.model), weights(expected.model)) < 1e-6
 
 @shows('KnowledgeDistillationCallback(teacher, SoftTarget, logits=lambda output: output[-1])')
 def test_logits_function():
@@ -283,9 +288,12 @@ def test_compiled_teacher(traced, fresh_compiler):
 @shows('Learner(dls, nn.DataParallel(student), cbs=kd).fit(5)')
 def test_data_parallel():
     "On one device the wrapper changes nothing, and layers keep the names that they have without it."
-    def run(wrap): return fitted(student(model=wrap(seeded(convnet, 4))), KD(wrap(trained_teacher()), LOSS(), 'block2', 'block2'))
+    def run(wrap):
+        learn = student(model=wrap(seeded(convnet, 4)), opt_func=SGD)
+        return fitted(learn, KD(wrap(trained_teacher()), LOSS(), 'block2', 'block2'))
     found, expected = run(nn.DataParallel), run(lambda model: model)
     assert same(weights(found.model.module), weights(expected.model))
+    assert furthest(weights(expected.model), weights(fitted(steady_student(), soft_and_attention(1000)).model)) < 1e-6
 
 @shows('with learn.distrib_ctx(): learn.fit(5, cbs=kd)')
 def test_data_parallel_over_several():
@@ -324,6 +332,6 @@ def test_checkpointed_activations(use_reentrant):
         def forward(self, x): return checkpoint(self.model[2:], self.model[1](self.model[0](x)), use_reentrant=use_reentrant)
     found, expected = learner(Checkpointed(seeded(convnet, 4)), opt_func=SGD), steady_student()
     fitted(found, KD(trained_teacher(), SoftTarget() + 1000*Attention(), 'model.block1', 'block1'))
-    fitted(expected, KD(trained_teacher(), SoftTarget() + 1000*Attention(), 'block1', 'block1'))
+    fitted(expected, soft_and_attention(1000, 'block1'))
     names = [name for name, _ in expected.model.named_parameters()] # batch norm sees batches twice
     assert furthest(*({name: model.get_parameter(name) for name in names} for model in (found.model.model, expected.model))) < 1e-6
