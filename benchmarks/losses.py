@@ -440,7 +440,8 @@ NOTES = """Ratios are of medians, and above 1 they have four reasons.
   `Gram` scale inner products before they are squared, and `PKT` keeps rounded shares from being negative. That is one pass over a table
   of `bs × bs` numbers, or over the activation.
 
-`DIST` takes correlations from `layer_norm` and `batch_norm`, which have fast gradients; `NST` and `RKD distance` compute the same from smaller tables."""
+`DIST` takes correlations from `layer_norm` and `batch_norm`, which have fast gradients; `NST` and `RKD distance` compute the same from
+smaller tables."""
 
 def measure(name, cls, repeats):
     "Times and memory of both arms"
