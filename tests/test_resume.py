@@ -1,13 +1,11 @@
 "What the losses learn: that they learn, that it can be saved, and that files of the learner know nothing of it."
-import io, pytest, torch, copy, pickle
+import io, pytest, torch
 from fastkd.all import *
-from helpers import At, OnCPU, convnet, fitted, learner, named_learner, quiet, raising, same, seeded, trained_teacher, weights
+from helpers import At, OnCPU, convnet, fitted, learner, named_learner, raising, same, seeded, trained_teacher, weights
 from learning import each_kind, fitnet, learned
-from fastai.basics import CancelStepException, SGD, load_learner, params
+from fastai.basics import CancelStepException, SGD
 from fastai.callback.training import GradientClip
-from fastkd.losses.core import Loss
 from functools import partial
-from torch import nn
 
 def KD(*args, **kwargs): return KnowledgeDistillationCallback(*args, **kwargs)
 
