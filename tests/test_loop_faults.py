@@ -235,6 +235,15 @@ def test_a_teacher_that_breaks(loss):
     assert all(torch.equal(p, before[name]) for name, p in learn.model.named_parameters())
     assert all(value.isfinite().all() for value in weights(learn.model).values())
 
+def test_a_teacher_that_breaks_on_a_device(monkeypatch):
+    "Where the host does not wait for the numbers of each batch, the end of the epoch names the teacher"
+    monkeypatch.setattr('fastkd.callback.on_host', lambda tensor: False)
+    teacher, learn = trained_teacher(), learner()
+    def spoil(learn): teacher.block2[0].weight.data[0] = torch.nan
+    with pytest.raises(RuntimeError, match="not finite in this epoch though the student's predictions were: Frozen"):
+        learn.fit(2, cbs=[At('before_batch', spoil, nth=3), KD(teacher, SoftTarget)])
+    assert len(learn.recorder.losses) == 4 and n_hooks(learn.model) == 0 and list(learn.metrics.attrgot('name')) == ['accuracy']
+
 class Elsewhere(nn.Module):
     "A model that believes to be on another device until it is moved"
     def __init__(self):

@@ -37,8 +37,13 @@ def rows_that_count(given, mask):
     lam = target.lam.reshape(-1, 1, 1).expand(mask.shape)
     return rows | dict(target=Mixed(keep(target.y), keep(target.y1), keep(lam)))
 
+@pytest.fixture(params=[True, False], ids=['host', 'device'])
+def on_host(request, monkeypatch):
+    "Where masks are, for the losses: a device is not asked how many rows count"
+    monkeypatch.setattr('fastkd.losses.core.on_host', lambda tensor: request.param)
+
 @each
-def test_a_mask_leaves_positions_out(case):
+def test_a_mask_leaves_positions_out(case, on_host):
     "As if they had never been there: whatever they hold has no influence, and they get no gradient"
     given = case.given(shapes=((2, 4, 3, 2), (2, 4, 3, 2)))
     mask = draw((2, 3, 2), 5) > 0
@@ -51,7 +56,7 @@ def test_a_mask_leaves_positions_out(case):
     assert not grad[~mask].any() and grad[mask].any()
 
 @each
-def test_nothing_counts(case):
+def test_nothing_counts(case, on_host):
     "Padding only: the value is 0, and so is the gradient"
     given = case.given()
     student = given['pred'].requires_grad_()
