@@ -21,9 +21,10 @@ from fastai.torch_core import no_random
 from fastcore.basics import detuplify, listify, patch
 from torch import Tensor, nn
 from .advice import classes_that_coexist, predicts_probabilities, teacher_at_chance, unbalanced_parts
+from .ensemble import Ensemble
 from .learned import LearnedParts, average, broadcast, broadcast_statistics, scaler_of, together
 from .learners import from_learner
-from .losses.core import Loss, Mixed, Probe, Sum, _tensors, as_sum, loss_name
+from .losses.core import Loss, Mixed, Probe, Sum, _tensors, as_sum, first_samples, loss_name
 from .modules import Captures, evaluating, logits, missing_layer, on_host, reset_state, unwrap_model
 from .schedules import as_schedules, check_curve, scheduled_value
 from .teachers import Frozen, Teacher
@@ -31,6 +32,7 @@ from .teachers import Frozen, Teacher
 # %% ../nbs/30_callback.ipynb #07ea4187
 def _check_kind(teacher):
     "Raise a TypeError unless `teacher` can teach"
+    if isinstance(teacher, (list, tuple)): return [_check_kind(o) for o in teacher]
     if isinstance(teacher, (nn.Module, Learner, Teacher)) and not isinstance(teacher, (Loss, Sum)): return
     said = getattr(teacher, '__name__', type(teacher).__name__)
     raise TypeError(f'the teacher comes first, a module, a Learner or a Teacher, and not {said}: '
@@ -40,7 +42,7 @@ class KnowledgeDistillationCallback(Callback):
     "Blend what a teacher says into the loss of every training batch"
     order, run_valid = 5, False
     def __init__(self,
-        teacher, # Trained model, its `Learner`, or a `Teacher`
+        teacher, # Trained model, its `Learner`, a `Teacher`, or a list of them, which answers with the mean of their probabilities
         loss, # Distillation loss: an instance, a class, a `partial`, a function of `pred`, `teacher_pred`, …, or a sum of them
         activations_student=None, # Student layer whose activation is compared, or a list of them
         activations_teacher=None, # The teacher's layers, as many, in the order of their partners
@@ -106,11 +108,14 @@ def _as_teacher(self:KnowledgeDistillationCallback):
     "Whatever was passed as teacher"
     teacher, settings = self.teacher, (self.logits, self.teacher_input, self.teacher_dtype)
     _check_kind(teacher)
+    if isinstance(teacher, (list, tuple)):
+        members = [Frozen(o, *settings) if isinstance(o, nn.Module) else o for o in teacher]
+        teacher, settings = Ensemble(members), (logits, None, None)
     if isinstance(teacher, Learner): teacher = from_learner(teacher, self.learn, *settings, axis=self._axis())
     elif isinstance(teacher, nn.Module): teacher = Frozen(teacher, *settings)
     elif settings != (logits, None, None):
         raise ValueError(f'{teacher} has settings of its own: give it logits, teacher_input and teacher_dtype')
-    elif teacher.wants_index and not _numbered(self.learn.dls.train):
+    elif 'index' in teacher.wants and not _numbered(self.learn.dls.train):
         raise ValueError(f'{teacher} needs the positions of samples in the dataset, which these loaders do not supply')
     else: teacher = teacher.for_student(self.learn, self._axis())
     return teacher
@@ -172,8 +177,10 @@ def _numbered(dl):
 @patch
 def _ask(self:KnowledgeDistillationCallback, teacher, xb):
     "The teacher's answer for a batch, or for its first samples"
-    index = dict(index=self._index()[:len(next(_tensors(xb)))]) if teacher.wants_index else {}
-    return teacher.outputs(xb, self._fit.teachers, pred=self._fit.wants_pred, **index)
+    n, more = len(next(_tensors(xb))), {}
+    if 'index' in teacher.wants: more['index'] = self._index()[:n]
+    if 'target' in teacher.wants: more['target'] = first_samples(self._target(), n)
+    return teacher.outputs(xb, self._fit.teachers, pred=self._fit.wants_pred, **more)
 
 @patch
 def _index(self:KnowledgeDistillationCallback):

@@ -17,7 +17,7 @@ from .teachers import Teacher
 # %% ../nbs/24_stored.ipynb #24d00006
 class StoredTeacher(Teacher):
     "Predictions that were made elsewhere, by the sample's position in the training set"
-    wants_index = True
+    wants = ('index',)
     def __init__(self,
         source, # Logits `(n, n_classes, ...)` or their `.npy` file; or an array or file for each position: a list, dict or function
     ): self.source = np.load(source, mmap_mode='r') if isinstance(source, (str, Path)) else source

@@ -26,7 +26,7 @@ class Teacher:
         "Answer for a batch"
         raise TypeError(f'{type(self).__name__} has no `outputs(xb, layers, pred=True)`')
 
-    wants_index = False # Whether `outputs` takes the samples' positions in the dataset, too, as `index=`
+    wants = () # What `outputs` takes beside the batch: 'index', the samples' positions in the dataset; 'target', the labels
     def seen(self, xb): return xb
     def answer(self, inputs, layers=(), pred=True): return self.outputs(inputs, layers, pred)
     def to(self, device): return self

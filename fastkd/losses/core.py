@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'wanted_inputs', 'loss_name', 'Loss', 'Probe', 'to_rows', 'row_shape', 'mean_of', 'fit_mask', 'counted_mean',
-           'ResponseLoss', 'Mixed', 'class_index', 'LabelledResponseLoss', 'as_list', 'PairLoss', 'RelationLoss',
-           'unit', 'channels_first', 'both_channels_first', 'to_square', 'same_positions', 'FeatureLoss',
-           'make_adapter', 'AdaptedLoss', 'Draws', 'Part', 'pick', 'Sum', 'as_sum']
+           'ResponseLoss', 'Mixed', 'first_samples', 'class_index', 'LabelledResponseLoss', 'as_list', 'PairLoss',
+           'RelationLoss', 'unit', 'channels_first', 'both_channels_first', 'to_square', 'same_positions',
+           'FeatureLoss', 'make_adapter', 'AdaptedLoss', 'Draws', 'Part', 'pick', 'Sum', 'as_sum']
 
 # %% ../../nbs/10_losses.core.ipynb #bab39613
 import copy, inspect, math
@@ -243,13 +243,19 @@ class ResponseLoss(Loss):
         if n_classes >= self.least_classes: return
         raise ValueError(f'{self}: the softmax of a single output is always 1; BinaryKD and Logits compare single outputs')
 
-# %% ../../nbs/10_losses.core.ipynb #dc1e985f
+# %% ../../nbs/10_losses.core.ipynb #5402fd82
 class Mixed(NamedTuple):
     "The two labels of mixed samples"
     y: Tensor # Label with share `lam`, `(bs, ...)`
     y1: Tensor # Label with share `1 - lam`, `(bs, ...)`
     lam: Tensor # Share of `y`: `(bs,)`, or one number for the batch
 
+def first_samples(target, n):
+    "Labels of the first `n` samples"
+    if not isinstance(target, Mixed): return target[:n] if isinstance(target, Tensor) else target
+    return Mixed(*(o[:n] if isinstance(o, Tensor) and o.ndim else o for o in target))
+
+# %% ../../nbs/10_losses.core.ipynb #dc1e985f
 def class_index(target, shape, axis):
     "Labels `(bs, ...)` as they are; one-hot labels, of the predictions' shape, as the position of the one"
     if target.shape == shape: return target.argmax(axis)
