@@ -191,6 +191,12 @@ def _attributes(module):
     if hasattr(module, 'reset'): return []
     return [(name, _described(o, plain=True)) for name, o in vars(module).items() if name not in vars(nn.Module())]
 
+def _code_of(module):
+    "What a layer computes, and what hooks make of it"
+    hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values()
+    return getattr(type(module).forward, '__wrapped__', type(module).forward), hooks
+
+# %% ../nbs/23_cache.ipynb #847abf28
 def character(
     teacher:Teacher, # Whose answers are kept
     on_disk:bool=False, # Whether other runs will read them
@@ -205,7 +211,7 @@ def character(
     for model in teacher.modules():
         digest.update(repr(model).encode())
         others = [(name, _described(o)) for name, o in model.state_dict().items() if not isinstance(o, Tensor)] # as quantized layers have
-        digest.update(repr([_attributes(module) for module in model.modules()] + others).encode())
+        digest.update(repr([(_attributes(module), _described(_code_of(module))) for module in model.modules()] + others).encode())
     return digest.digest()
 
 # %% ../nbs/23_cache.ipynb #23c000b3
@@ -380,6 +386,7 @@ def reset(self:CachedTeacher):
     "Begin a new epoch: the time to ask whether remembering is worth it"
     if self.teacher is not None: self.teacher.reset()
     hits, asked = self.hits - self.epoch_start[0], self.hits + self.misses - sum(self.epoch_start)
+    self.character = None # attributes and code may have changed
     self.versions, self.epoch_start, self.n_epoch = None, (self.hits, self.misses), max(self.n_epoch, asked)
     if asked: self.n_fruitless = 0 if hits >= .01*asked else self.n_fruitless + asked
     if self.repeats and self.n_fruitless > 1.5*self.n_epoch: self._give_up(asked)

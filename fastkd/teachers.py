@@ -73,7 +73,7 @@ class Frozen(Teacher):
         if not pred and not layers: return None, {}
         if layers not in self.captures: self.captures[layers] = Captures(self.module, layers)
         captures = self.captures[layers]
-        can_stop = not pred and captures.counted is not None
+        can_stop = not pred and captures.counted == len(layers) # where layers are called several times, nobody knows which call is the last
         captures.stop_after = captures.counted if can_stop else None
         output = None
         with evaluating(self.module), torch.no_grad(), self._autocast(), captures:

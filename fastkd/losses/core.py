@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'LARGE', 'CHUNK', 'wanted_inputs', 'loss_name', 'Loss', 'Probe', 'to_rows', 'row_shape', 'mean_of',
-           'fit_mask', 'counted_mean', 'mean_by_chunks', 'ResponseLoss', 'Mixed', 'first_samples', 'class_index',
-           'LabelledResponseLoss', 'as_list', 'PairLoss', 'RelationLoss', 'unit', 'channels_first',
+           'fit_mask', 'counted_mean', 'sure', 'mean_by_chunks', 'ResponseLoss', 'Mixed', 'first_samples',
+           'class_index', 'LabelledResponseLoss', 'as_list', 'PairLoss', 'RelationLoss', 'unit', 'channels_first',
            'both_channels_first', 'to_square', 'same_positions', 'FeatureLoss', 'make_adapter', 'AdaptedLoss', 'Draws',
            'Part', 'pick', 'Sum', 'as_sum']
 
@@ -202,6 +202,7 @@ def counted_mean(
     mask:Tensor, # `(bs, ...)` bool of N positions in all, those that count; None counts all
     *values, # Tensors `(N, ...)`
     rows_alone=True, # Whether the mean is one of values of single rows; else it takes the mask, too, where the host does not know it
+    filler:Callable=torch.zeros_like, # Makes a row to compute instead of one that does not count; best with a value near 0
 ) -> Tensor: # A scalar; 0 where no row counts
     "`mean` of the rows that count; what stands in the others is never looked at"
     if mask is None: return mean(*values)
@@ -210,9 +211,14 @@ def counted_mean(
         values = [o[mask] for o in values]
         return mean(*values) if len(values[0]) else values[0].sum()
     n, n_all = mask.sum(), len(mask)
-    zeros = [torch.where(mask.reshape(-1, *[1]*(o.ndim - 1)), o, 0) for o in values]
-    if not rows_alone: return mean(*zeros, mask)
-    return (n_all*mean(*zeros) - (n_all - n)*mean(*(torch.zeros_like(o[:1]) for o in values)))/n.clamp(min=1)
+    instead = [filler(o[:1]) for o in values]
+    filled = [torch.where(mask.reshape(-1, *[1]*(o.ndim - 1)), o, row) for o, row in zip(values, instead)]
+    if not rows_alone: return mean(*filled, mask)
+    return (n_all*mean(*filled) - (n_all - n)*mean(*instead))/n.clamp(min=1)
+
+def sure(row):
+    "A prediction of the last class and nothing else: where both models say that, losses are all but 0"
+    return torch.cat([torch.full_like(row[:, :-1], -40.), torch.full_like(row[:, -1:], 40.)], 1)
 
 # %% ../../nbs/10_losses.core.ipynb #c7626ddc
 LARGE, CHUNK = 2**22, 2**18 # Logits of more elements are compared a chunk at a time, of so many on the host
@@ -275,7 +281,9 @@ class ResponseLoss(Loss):
         rows = self.both_rows(pred, teacher_pred, axis)
         return mean_by_chunks(self, fit_mask(mask, row_shape(pred, axis)), *rows)
 
-    def counted(self, mask, student, teacher): return counted_mean(self.mean, mask, student, teacher, rows_alone=self.rows_alone)
+    def counted(self, mask, student, teacher):
+        filler = sure if self.rows_alone else torch.zeros_like
+        return counted_mean(self.mean, mask, student, teacher, rows_alone=self.rows_alone, filler=filler)
 
     def mean(self, student, teacher):
         "The mean of all rows; override it where torch computes it in one step, and where rows depend on each other"
@@ -612,7 +620,7 @@ def values(self:Sum, **given) -> dict:
     for part in self.parts:
         shape = getattr(values[part.name], 'shape', ())
         if math.prod(shape) != 1: raise ValueError(f'{part} returned shape {tuple(shape)}, and a loss returns a scalar: average it')
-    return values
+    return {name: value.reshape(()) if isinstance(value, Tensor) else value for name, value in values.items()}
 
 @patch
 def total(self:Sum, values):
