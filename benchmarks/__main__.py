@@ -1,7 +1,7 @@
 """What a training step costs: plain, with a hand-written distillation callback, with fastkd's, and with fasterai's where it is installed.
 
-`python -m benchmarks [--steps 20] [--out benchmarks]` writes step.md, step.json and step.png. The arms take turns step by step in one process
-with one thread, so that a busy machine disturbs all alike; the figures are medians of CPU time and their ratios. Memory is the most that is
+`python -m benchmarks [--steps 20] [--out benchmarks] [parts…]` writes step.md, step.json and step.png. The arms take turns step by step in one
+process with one thread, so that a busy machine disturbs all alike; the figures are medians of CPU time and their ratios. Memory is the most that is
 allocated at a time in a step, beyond what was there before it."""
 import json, os, platform, torch, torch.nn.functional as F
 from argparse import ArgumentParser
@@ -161,13 +161,15 @@ def table(head, rows): return '\n'.join(f"| {' | '.join(map(str, o))} |" for o i
 
 def targets(found):
     "What is asked for, what was measured"
-    step, features, passes = medians(found['steps']['seconds']), medians(found['features']['seconds']), medians(found['features']['passes'])
-    keys, peak = medians(found['fingerprints']), found['steps']['peak']
+    step, peak, keys = medians(found['steps']['seconds']), found['steps']['peak'], medians(found['fingerprints'])
+    features, passes = (medians(found['features'][name]) for name in ('seconds', 'passes'))
     extra = {name: features[name] - features['plain'] for name in ('whole_teacher', 'early_stop')}
-    asked = [('live step to hand-written', step['fastkd']/step['hand_written'], 1.03), ('peak memory growth to plain', peak['fastkd']/peak['plain'], 1.05),
+    asked = [('live step to hand-written', step['fastkd']/step['hand_written'], 1.03),
+        ('peak memory growth to plain', peak['fastkd']/peak['plain'], 1.05),
         ('layer2 of resnet50 to its whole pass', passes['early_stop']/passes['whole'], .52),
         ("its step's extra over plain to that of the whole teacher", extra['early_stop']/extra['whole_teacher'], .6),
-        ('step with a warm cache to plain', step['fastkd_cached']/step['plain'], 1.05), ('fingerprints to a plain step', keys['keys']/keys['plain'], .02)]
+        ('step with a warm cache to plain', step['fastkd_cached']/step['plain'], 1.05),
+        ('fingerprints to a plain step', keys['keys']/keys['plain'], .02)]
     rows = [(what, f'{value:.3f}', f'≤ {most}', 'yes' if value <= most else 'no') for what, value, most in asked]
     if 'fasterai' in step:
         faster = step['fasterai']/step['fastkd']
@@ -186,19 +188,24 @@ def told(found):
     rows = [(name, f'{1000*o:.0f}', f"{o/seconds['plain']:.2f}", f"{o/seconds['hand_written']:.2f}", f'{peak[name]/1e6:.0f}',
         f"{peak[name]/peak['plain']:.2f}") for name, o in seconds.items()]
     teachers = [(name, *(f'{1000*o:.0f}' for o in medians(o).values())) for name, o in found['teachers'].items()]
-    return '\n\n'.join(['# What a training step costs', f"resnet34 teaches resnet18, 64×64, batches of 16, {steps} steps per arm, in turns. {found['machine']}.",
-        table(('arm', 'ms of CPU per step', 'to plain', 'to hand-written', 'MB at the peak', 'to plain'), rows), '## Targets', targets(found),
-        '## Batch sizes', '32×32 images.', overhead(found['batches'], 'batch size'), '## Pairs of layers', 'Attention maps, batches of 16, 32×32 images.',
-        overhead(found['pairs'], 'pairs'), '## Teachers', 'Milliseconds of CPU: the pass of the teacher alone, and the steps.',
-        table(('teacher', *list(found['teachers'].values())[0]), teachers), '![Step time against the cost of the teacher](step.png)']) + '\n'
+    head = 'arm', 'ms of CPU per step', 'to plain', 'to hand-written', 'MB at the peak', 'to plain'
+    said = ['# What a training step costs', f'resnet34 teaches resnet18, 64×64, batches of 16, {steps} steps per arm, in turns.',
+        found['machine'], table(head, rows), '## Targets', targets(found)]
+    said += ['## Batch sizes', '32×32 images.', overhead(found['batches'], 'batch size')]
+    said += ['## Pairs of layers', 'Attention maps, batches of 16, 32×32 images.', overhead(found['pairs'], 'pairs')]
+    said += ['## Teachers', 'Milliseconds of CPU: the pass of the teacher alone, and the steps.',
+        table(('teacher', *list(found['teachers'].values())[0]), teachers), '![Step time against the cost of the teacher](step.png)']
+    return '\n\n'.join(said) + '\n'
 
 def picture(found, file):
     "Step time against the time of the teacher's pass"
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6, 4), layout='constrained')
     points = [medians(o) for o in found['teachers'].values()]
-    for name in list(points[0])[1:]: ax.plot([1000*o['teacher'] for o in points], [1000*o[name] for o in points], 'o-', label=name.replace('_', ' '))
-    for name, o in zip(found['teachers'], points): ax.annotate(name, (1000*o['teacher'], 1000*o['plain']), (0, -14), textcoords='offset points', ha='center')
+    ms = lambda name: [1000*o[name] for o in points]
+    for name in list(points[0])[1:]: ax.plot(ms('teacher'), ms(name), 'o-', label=name.replace('_', ' '))
+    for name, *place in zip(found['teachers'], ms('teacher'), ms('plain')):
+        ax.annotate(name, place, (0, -14), textcoords='offset points', ha='center')
     ax.set(xlabel="the teacher's pass, ms of CPU", ylabel='a training step, ms of CPU', ylim=0)
     ax.legend()
     fig.savefig(file, dpi=110)

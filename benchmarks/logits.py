@@ -1,7 +1,8 @@
 """What losses on predictions cost with the logits of a language model: in one piece, and chunk by chunk as fastkd does.
 
-`python -m benchmarks.logits [--rows 2048] [--repeats 3] [--out benchmarks]` writes logits.md and logits.json. Memory is the most that is
-allocated at a time in a forward and a backward pass, the gradient included, in units of the logits; times are medians of CPU time, one thread."""
+`python -m benchmarks.logits [--rows 2048] [--repeats 3] [--out benchmarks]` writes logits.md and logits.json. Memory is the most
+that is allocated at a time in a forward and a backward pass, the gradient included, in units of the logits; times are medians of CPU time,
+one thread."""
 import fastkd.losses.core as core, json, math, os, platform, statistics, torch
 from argparse import ArgumentParser
 from benchmarks.losses import check_peak_bytes, keep_memory, peak_bytes
