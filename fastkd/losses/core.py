@@ -236,6 +236,7 @@ def _walk(counted, mask, values, grads=None, scale=None):
         total = total + value.detach()
     return total
 
+# %% ../../nbs/10_losses.core.ipynb #31b4dc72
 class _MeanByChunks(torch.autograd.Function):
     "Keeps the inputs, and in full precision the gradient; what is smaller or asked for again is computed in the backward pass"
     @staticmethod
