@@ -45,6 +45,7 @@ docs: $(DEV)
 bench: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks
 	OMP_NUM_THREADS=1 TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python -W ignore -m benchmarks.losses
+	OMP_NUM_THREADS=1 TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python -W ignore -m benchmarks.logits
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.stores
 
 setup: $(DEV)

@@ -1,70 +1,234 @@
-"""What a training step costs: plain, with a hand-written distillation callback, and with fastkd's.
+"""What a training step costs: plain, with a hand-written distillation callback, with fastkd's, and with fasterai's where it is installed.
 
-`python -m benchmarks [--steps 20] [--out benchmarks]` writes step.md and step.json. The arms take turns step by step in one process
-with one thread, so that a busy machine disturbs all alike; the figures are medians of CPU time and their ratios."""
-import json, platform, statistics, time, torch, torch.nn.functional as F
+`python -m benchmarks [--steps 20] [--out benchmarks] [parts…]` writes step.md, step.json and step.png. The arms take turns step by step
+in one process with one thread, so that a busy machine disturbs all alike; the figures are medians of CPU time and their ratios.
+Memory is the most that is allocated at a time in a step, beyond what was there before it."""
+import json, os, platform, torch, torch.nn.functional as F
 from argparse import ArgumentParser
+from benchmarks.losses import check_peak_bytes, keep_memory, peak_bytes
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner
+from fastkd.all import Attention, CachedTeacher, KnowledgeDistillationCallback, SoftTarget
+from fastkd.teachers import Frozen
+from functools import partial
 from pathlib import Path
-from torchvision.models import resnet18, resnet34
-from fastkd.all import Attention, KnowledgeDistillationCallback, SoftTarget
+from statistics import median
+from time import process_time
+from torchvision.models import resnet18, resnet34, resnet50, resnet101
+
+T, KD = 4, KnowledgeDistillationCallback
+
+# ---- The arms
 
 class HandWritten(Callback):
     "The least that distillation needs: the teacher's answer, the formula, the blend"
-    order,run_valid = 5,False
+    order, run_valid = 5, False
     def __init__(self, teacher): self.teacher = teacher.eval()
     def after_loss(self):
         with torch.no_grad(): teacher_pred = self.teacher(*self.xb)
-        log_s,log_t = F.log_softmax(self.learn.pred/4, 1), F.log_softmax(teacher_pred/4, 1)
-        distillation = 16*F.kl_div(log_s, log_t, reduction='batchmean', log_target=True)
+        log_s, log_t = F.log_softmax(self.learn.pred/T, 1), F.log_softmax(teacher_pred/T, 1)
+        distillation = T**2*F.kl_div(log_s, log_t, reduction='batchmean', log_target=True)
         self.learn.loss_grad = .5*self.learn.loss_grad + .5*distillation
         self.learn.loss = self.learn.loss_grad.detach().clone()
 
-def learner(cbs, bs, size):
-    "A learner in the middle of a fit, ready for `one_batch`"
+class HandWrittenPairs(Callback):
+    "Attention maps of pairs of layers, read by hooks"
+    order, run_valid = 5, False
+    def __init__(self, teacher, layers): self.teacher, self.layers = teacher.eval(), layers
+    def before_fit(self): self.found_s, self.found_t = (self.listen(o) for o in (self.learn.model, self.teacher))
+
+    def listen(self, model):
+        found = {}
+        def keep(name): return lambda module, args, output: found.update({name: output})
+        for name in self.layers: model.get_submodule(name).register_forward_hook(keep(name))
+        return found
+
+    def after_loss(self):
+        with torch.no_grad(): self.teacher(*self.xb)
+        at = lambda x: F.normalize(x.pow(2).mean(1).flatten(1))
+        values = [(at(s) - at(t)).pow(2).mean() for s, t in zip(self.found_s.values(), self.found_t.values())]
+        self.learn.loss_grad = .5*self.learn.loss_grad + .5*1000*sum(values)
+        self.learn.loss = self.learn.loss_grad.detach().clone()
+
+def by_fasterai(teacher):
+    "The callback of fasterai with the same loss, or nothing where it is not installed"
+    try:
+        from fasterai.distill.distillation_callback import KnowledgeDistillationCallback as Theirs
+        from fasterai.distill.losses import SoftTarget as their_soft_target
+    except ImportError: return {}
+    return dict(fasterai=lambda: [Theirs(teacher, partial(their_soft_target, T=T))])
+
+def arms_of(teacher):
+    "Makers of the callbacks of each arm; the first is the baseline"
+    return dict(plain=list, hand_written=lambda: [HandWritten(teacher)], fastkd=lambda: [KD(teacher, SoftTarget(T=T))],
+        fastkd_cached=lambda: [KD(CachedTeacher(teacher), SoftTarget(T=T))], **by_fasterai(teacher))
+
+def to_the_end(teacher_pred):
+    "A part of a loss that has the teacher run to its end, and adds nothing"
+    return teacher_pred[0, 0]*0
+
+def feature_arms(teacher):
+    pair = ['layer2'], ['layer2']
+    return dict(plain=list, whole_teacher=lambda: [KD(teacher, 1000*Attention() + to_the_end, *pair)],
+        early_stop=lambda: [KD(teacher, 1000*Attention(), *pair)])
+
+# ---- Measuring
+
+def stepper(cbs, bs, size):
+    "A function that makes one training step, in the middle of a fit"
     samples = [(torch.randn(3, size, size), torch.tensor(i % 10)) for i in range(2*bs)]
     dls = DataLoaders.from_dsets(samples, samples, bs=bs, num_workers=0, device='cpu')
     learn = Learner(dls, resnet18(num_classes=10), CrossEntropyLossFlat(), cbs=cbs)
     learn.remove_cb(learn.progress)
     learn.create_opt()
-    learn.n_epoch,learn.n_iter,learn.dl = 1,10**6,dls.train
+    learn.n_epoch, learn.n_iter, learn.dl = 1, 10**6, dls.train
     for event in ('before_fit', 'before_epoch', 'before_train'): learn(event)
-    return learn, dls.train.one_batch()
+    return partial(learn.one_batch, 0, dls.train.one_batch())
 
-def arms(teacher):
-    "The callbacks of each arm; the first is the baseline"
-    layers = ['layer2', 'layer3']
-    return dict(plain=[], hand_written=[HandWritten(teacher)], fastkd=[KnowledgeDistillationCallback(teacher, SoftTarget(T=4))],
-        fastkd_two_pairs=[KnowledgeDistillationCallback(teacher, SoftTarget(T=4) + 1000*Attention(), layers, layers)])
-
-def measure(steps, bs=16, size=64):
-    "CPU seconds of each step of each arm, in turns"
-    torch.manual_seed(0)
-    teacher = resnet34(num_classes=10)
-    learners = {name: learner(cbs, bs, size) for name,cbs in arms(teacher).items()}
-    taken = {name: [] for name in learners}
-    for i in range(-2, steps): # two rounds to warm up
-        for name,(learn,batch) in learners.items():
-            start = time.process_time()
-            learn.one_batch(0, batch)
-            if i >= 0: taken[name].append(time.process_time() - start)
+def in_turns(runs, steps):
+    "CPU seconds of each run of each arm, after two rounds to warm up"
+    taken = {name: [] for name in runs}
+    for i in range(-2, steps):
+        for name in list(runs)[::1 if i % 2 else -1]:
+            start = process_time()
+            runs[name]()
+            if i >= 0: taken[name].append(process_time() - start)
     return taken
 
-def table(taken):
-    "The medians and ratios as Markdown"
-    medians = {name: statistics.median(o) for name,o in taken.items()}
-    rows = [f'| {name} | {1000*o:.0f} | {o/medians["plain"]:.2f} | {o/medians["hand_written"]:.2f} |' for name,o in medians.items()]
-    return '\n'.join(['| arm | ms of CPU per step | to plain | to hand-written |', '|---|---|---|---|', *rows])
+def steps_of(arms, bs=16, size=64):
+    "A step of each arm; all students begin alike and see batches of one kind"
+    runs = {}
+    for name, make in arms.items():
+        torch.manual_seed(0)
+        runs[name] = stepper(make(), bs, size)
+    return runs
+
+def model(arch, seed=1):
+    torch.manual_seed(seed)
+    return arch(num_classes=10).eval()
+
+def medians(taken): return {name: median(o) for name, o in taken.items()}
+
+def measure_steps(steps):
+    "Time and memory of each arm, resnet34 to resnet18"
+    runs = steps_of(arms_of(model(resnet34)))
+    seconds = in_turns(runs, steps)
+    return dict(seconds=seconds, peak={name: peak_bytes(run) for name, run in runs.items()})
+
+def measure_features(steps):
+    "Feature distillation from `layer2` of a resnet50, and the teacher's passes alone"
+    teacher, xb = model(resnet50), (torch.randn(16, 3, 64, 64),)
+    frozen = Frozen(teacher)
+    passes = dict(whole=lambda: frozen.outputs(xb, ['layer2']), early_stop=lambda: frozen.outputs(xb, ['layer2'], pred=False))
+    return dict(seconds=in_turns(steps_of(feature_arms(teacher)), steps), passes=in_turns(passes, steps))
+
+def measure_fingerprints(steps):
+    "Finding out which samples a batch holds, beside a plain step"
+    cached, xb = CachedTeacher(model(resnet34)), (torch.randn(16, 3, 64, 64),)
+    return in_turns(dict(keys=lambda: cached._keys(xb), **steps_of(dict(plain=list))), steps)
+
+def measure_batches(steps):
+    "Hand-written and fastkd for several batch sizes, images of 32×32"
+    teacher, found = model(resnet34), {}
+    for bs in 8, 16, 32, 64, 128:
+        arms = arms_of(teacher)
+        found[bs] = in_turns(steps_of({name: arms[name] for name in ('hand_written', 'fastkd')}, bs, 32), steps)
+    return found
+
+def measure_pairs(steps):
+    "Hand-written and fastkd for several numbers of pairs, images of 32×32"
+    layers, found = [f'layer{i}.{j}.conv{k}' for i in (1, 2, 3, 4) for j in (0, 1) for k in (1, 2)], {}
+    for n in 1, 2, 4, 8, 16:
+        by_hand = partial(lambda names: [HandWrittenPairs(model(resnet34), names)], layers[:n])
+        ours = partial(lambda names: [KD(model(resnet34), 1000*Attention() + to_the_end, names, names)], layers[:n])
+        found[n] = in_turns(steps_of(dict(hand_written=by_hand, fastkd=ours), 16, 32), steps)
+    return found
+
+def measure_teachers(steps):
+    "Step times for teachers of several sizes, with the time of the teacher's pass"
+    found = {}
+    for arch in resnet18, resnet34, resnet50, resnet101:
+        teacher, xb = model(arch), (torch.randn(16, 3, 64, 64),)
+        frozen = Frozen(teacher)
+        found[arch.__name__] = in_turns(dict(teacher=lambda: frozen.outputs(xb), **steps_of(arms_of(teacher))), steps)
+    return found
+
+PARTS_IN_FULL = dict(steps=measure_steps, features=measure_features, fingerprints=measure_fingerprints)
+PARTS = PARTS_IN_FULL | dict(batches=measure_batches, pairs=measure_pairs, teachers=measure_teachers)
+
+# ---- Telling
+
+def table(head, rows): return '\n'.join(f"| {' | '.join(map(str, o))} |" for o in (head, ['---']*len(head), *rows))
+
+def targets(found):
+    "What is asked for, what was measured"
+    step, peak, keys = medians(found['steps']['seconds']), found['steps']['peak'], medians(found['fingerprints'])
+    features, passes = (medians(found['features'][name]) for name in ('seconds', 'passes'))
+    extra = {name: features[name] - features['plain'] for name in ('whole_teacher', 'early_stop')}
+    asked = {'live step to hand-written': (step['fastkd']/step['hand_written'], 1.03)}
+    asked['peak memory growth to plain'] = peak['fastkd']/peak['plain'], 1.05
+    asked['layer2 of resnet50 to its whole pass'] = passes['early_stop']/passes['whole'], .52
+    asked["its step's extra over plain to that of the whole teacher"] = extra['early_stop']/extra['whole_teacher'], .6
+    asked['step with a warm cache to plain'] = step['fastkd_cached']/step['plain'], 1.05
+    asked['fingerprints to a plain step'] = keys['keys']/keys['plain'], .02
+    rows = [(what, f'{value:.3f}', f'≤ {most}', 'yes' if value <= most else 'no') for what, (value, most) in asked.items()]
+    if 'fasterai' in step:
+        faster = step['fasterai']/step['fastkd']
+        rows.insert(1, ('fasterai to live step', f'{faster:.2f}', '≥ 1.6', 'yes' if faster >= 1.6 else 'no'))
+    return table(('ratio', 'measured', 'target', 'met'), rows)
+
+def overhead(found, what):
+    "A table of fastkd against hand-written"
+    rows = [(key, *(f'{1000*o:.0f}' for o in both), f'{both[1]/both[0]:.3f}')
+        for key, both in ((key, list(medians(o).values())) for key, o in found.items())]
+    return table((what, 'hand-written, ms', 'fastkd, ms', 'ratio'), rows)
+
+def told(found):
+    "All of it as Markdown"
+    seconds, peak, steps = medians(found['steps']['seconds']), found['steps']['peak'], len(found['steps']['seconds']['plain'])
+    rows = [(name, f'{1000*o:.0f}', f"{o/seconds['plain']:.2f}", f"{o/seconds['hand_written']:.2f}", f'{peak[name]/1e6:.0f}',
+        f"{peak[name]/peak['plain']:.2f}") for name, o in seconds.items()]
+    teachers = [(name, *(f'{1000*o:.0f}' for o in medians(o).values())) for name, o in found['teachers'].items()]
+    head = 'arm', 'ms of CPU per step', 'to plain', 'to hand-written', 'MB at the peak', 'to plain'
+    said = ['# What a training step costs', f'resnet34 teaches resnet18, 64×64, batches of 16, {steps} steps per arm, in turns.',
+        found['machine'], table(head, rows), '## Targets', targets(found)]
+    said += ['## Batch sizes', '32×32 images.', overhead(found['batches'], 'batch size')]
+    said += ['## Pairs of layers', 'Attention maps, batches of 16, 32×32 images.', overhead(found['pairs'], 'pairs')]
+    said += ['## Teachers', 'Milliseconds of CPU: the pass of the teacher alone, and the steps.',
+        table(('teacher', *list(found['teachers'].values())[0]), teachers), '![Step time against the cost of the teacher](step.png)']
+    return '\n\n'.join(said) + '\n'
+
+def picture(found, file):
+    "Step time against the time of the teacher's pass"
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(6, 4), layout='constrained')
+    points = [medians(o) for o in found['teachers'].values()]
+    ms = lambda name: [1000*o[name] for o in points]
+    for name in list(points[0])[1:]: ax.plot(ms('teacher'), ms(name), 'o-', label=name.replace('_', ' '))
+    for name, *place in zip(found['teachers'], ms('teacher'), ms('plain')):
+        ax.annotate(name, place, (0, -14), textcoords='offset points', ha='center')
+    ax.set(xlabel="the teacher's pass, ms of CPU", ylabel='a training step, ms of CPU', ylim=0)
+    ax.legend()
+    fig.savefig(file, dpi=110)
 
 if __name__ == '__main__':
     parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('parts', nargs='*', help='what to measure again; all by default')
     parser.add_argument('--steps', type=int, default=20, help='steps per arm')
-    parser.add_argument('--out', type=Path, default=Path('benchmarks'), help='folder for step.md and step.json')
+    parser.add_argument('--out', type=Path, default=Path('benchmarks'), help='folder for step.md, step.json and step.png')
     args = parser.parse_args()
     torch.set_num_threads(1)
-    taken = measure(args.steps)
+    os.environ['KINETO_LOG_LEVEL'] = '99' # the profiler has much to say
+    keep_memory()
+    check_peak_bytes()
+    file = args.out/'step.json'
+    found = json.loads(file.read_text()) if args.parts and file.exists() else {}
     machine = f'{platform.machine()}, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}, one thread'
-    text = f'resnet34 teaches resnet18, 64×64, batches of 16, {args.steps} steps per arm, in turns. {machine}.\n\n{table(taken)}\n'
+    for part in args.parts or PARTS:
+        found[part] = PARTS[part](args.steps if part in PARTS_IN_FULL else max(3, args.steps//3))
+        file.write_text(json.dumps(found | dict(machine=machine), indent=1) + '\n')
+    found = json.loads(file.read_text())
+    if not found.keys() >= PARTS.keys(): raise SystemExit(f"not measured yet: {', '.join(sorted(PARTS.keys() - found.keys()))}")
+    text = told(found)
     (args.out/'step.md').write_text(text)
-    (args.out/'step.json').write_text(json.dumps(dict(machine=machine, seconds=taken), indent=1) + '\n')
+    picture(found, args.out/'step.png')
     print(text)

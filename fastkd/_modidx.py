@@ -365,6 +365,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fastkd.losses.core._select': ('losses.core.html#_select', 'fastkd/losses/core.py'),
                                     'fastkd.losses.core._settings': ('losses.core.html#_settings', 'fastkd/losses/core.py'),
                                     'fastkd.losses.core._tensors': ('losses.core.html#_tensors', 'fastkd/losses/core.py'),
+                                    'fastkd.losses.core._walk': ('losses.core.html#_walk', 'fastkd/losses/core.py'),
                                     'fastkd.losses.core.as_list': ('losses.core.html#as_list', 'fastkd/losses/core.py'),
                                     'fastkd.losses.core.as_sum': ('losses.core.html#as_sum', 'fastkd/losses/core.py'),
                                     'fastkd.losses.core.both_channels_first': ( 'losses.core.html#both_channels_first',

@@ -1,12 +1,12 @@
 "Large logits are compared chunk by chunk: the same numbers, the memory of their gradient and little more."
 import fastkd.losses.core as core, math, pytest, torch
-from benchmarks.losses import check_peak_bytes, peak_bytes
 from cases import value_and_grads
 from fastai.basics import CrossEntropyLossFlat
 from fastai.callback.schedule import SchedLin
 from fastkd.all import *
 from fastkd.losses.core import Mixed, ResponseLoss
 from helpers import as_on_a_gpu, fitted, furthest, learner, slow, trained_teacher, weights
+from pathlib import Path
 from torch import nn
 
 @pytest.fixture
@@ -76,7 +76,8 @@ def test_half_precision(loss, dtype, in_chunks):
     loss.counted = lambda mask, *values, **kwargs: seen.append(values[0].shape[0]) or counted(mask, *values, **kwargs)
     try: value, grads = value_and_grads(lambda **given: 2**8*loss(**given), given)
     finally: del loss.counted
-    expected, exact = value_and_grads(lambda **given: 2**8*loss(**given), given | {key: given[key].float() for key in ('pred', 'teacher_pred')})
+    full = given | {key: given[key].float() for key in ('pred', 'teacher_pred')}
+    expected, exact = value_and_grads(lambda **given: 2**8*loss(**given), full)
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(grads[0], exact[0].to(dtype), rtol=1e-2, atol=0)
     assert grads[0].dtype == dtype and max(seen) == 2 and torch.isfinite(grads[0]).all()
@@ -169,8 +170,10 @@ def test_in_training(in_chunks):
 @pytest.mark.parametrize('n', [256, slow(2048)])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('loss', [SoftTarget(T=4), DecoupledKD(), *map(Divergence, Divergence.kinds)], ids=repr)
-def test_memory(loss, dtype, n):
+def test_memory(loss, dtype, n, monkeypatch):
     "At most 1.2 times the student's logits, their gradient included; 32,768 classes"
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent)
+    from benchmarks.losses import check_peak_bytes, peak_bytes
     check_peak_bytes()
     given = {key: torch.randn(n, 32768).to(dtype) for key in ('pred', 'teacher_pred')}
     if isinstance(loss, DecoupledKD): given['target'] = torch.randint(32768, (n,))

@@ -28,9 +28,10 @@ KD = KnowledgeDistillationCallback
 # ---- The watch itself
 
 @pytest.mark.parametrize('wait', [lambda x: x.sum().item(), lambda x: bool((x > 0).any()), lambda x: float(x[0]), lambda x: x[x > 0],
-    lambda x: x.nonzero(), lambda x: torch.where(x > 0), lambda x: x.masked_select(x > 0), lambda x: torch.equal(x, x), lambda x: x.unique(),
-    lambda x: x.tolist(), lambda x: x.cpu(), lambda x: x.numpy(), lambda x: torch.bincount(x.long().abs()), lambda x: x.sum() > 0 or 1,
-    lambda x: x.index_put((x > 0,), torch.ones(())), lambda x: torch.repeat_interleave(x.long().abs()), lambda x: range(9)[(x > 0).sum()]])
+    lambda x: x.nonzero(), lambda x: torch.where(x > 0), lambda x: x.masked_select(x > 0), lambda x: torch.equal(x, x),
+    lambda x: x.unique(), lambda x: x.tolist(), lambda x: x.cpu(), lambda x: x.numpy(), lambda x: torch.bincount(x.long().abs()),
+    lambda x: x.sum() > 0 or 1, lambda x: x.index_put((x > 0,), torch.ones(())), lambda x: torch.repeat_interleave(x.long().abs()),
+    lambda x: range(9)[(x > 0).sum()]])
 def test_the_watch_sees(wait):
     x = torch.randn(5)
     wait(x)

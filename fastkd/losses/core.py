@@ -233,13 +233,25 @@ def _chunks(mask, values):
         chunk, counts = [_full_precision(o[rows]) for o in values], None if mask is None else mask[rows]
         yield rows, counts, chunk, len(chunk[0]) if mask is None else counts.sum(), n_all
 
+def _walk(counted, mask, values, grads=None, scale=None):
+    "The mean of `counted` over all chunks; its gradient, times `scale`, is written into `grads`, where that is given"
+    total, wanted = 0., grads is not None
+    for rows, counts, (student, *others), n, n_all in _chunks(mask, [o.detach() for o in values]):
+        with torch.autocast(student.device.type, enabled=False), torch.set_grad_enabled(wanted):
+            value = counted(counts, student.requires_grad_(wanted), *others)*n/n_all
+        if wanted: grads[rows] = torch.autograd.grad(value, student, scale)[0]
+        total = total + value.detach()
+    return total
+
+# %% ../../nbs/10_losses.core.ipynb #31b4dc72
 class _MeanByChunks(torch.autograd.Function):
-    "Keeps nothing but the inputs: the backward pass computes each chunk again, and its gradient"
+    "Keeps the inputs, and in full precision the gradient; what is smaller or asked for again is computed in the backward pass"
     @staticmethod
     def forward(ctx, counted, mask, *values):
-        ctx.counted = counted
+        is_full = values[0].dtype in (torch.float32, torch.float64) # half precision has no room for what is not scaled yet
+        ctx.counted, ctx.grads = counted, torch.empty_like(values[0]) if is_full and ctx.needs_input_grad[2] else None
         ctx.save_for_backward(mask, *values)
-        return sum(counted(counts, *chunk)*n/n_all for _, counts, chunk, n, n_all in _chunks(mask, values))
+        return _walk(counted, mask, values, ctx.grads)
 
     @staticmethod
     def backward(ctx, grad):
@@ -247,11 +259,9 @@ class _MeanByChunks(torch.autograd.Function):
             raise RuntimeError(f'the gradient of more than {LARGE} logits is computed in chunks and has no gradient of its own: with '
                 'create_graph=True, set fastkd.losses.core.LARGE = math.inf first')
         mask, *values = ctx.saved_tensors
-        grads = torch.empty_like(values[0])
-        with torch.autocast(grads.device.type, enabled=False), torch.enable_grad():
-            for rows, counts, (student, *others), n, n_all in _chunks(mask, [o.detach() for o in values]):
-                value = ctx.counted(counts, student.requires_grad_(), *others)
-                grads[rows] = torch.autograd.grad(value, student, grad*n/n_all)[0]
+        grads, ctx.grads = ctx.grads, None # handed over once
+        if grads is not None: grads.mul_(grad)
+        else: _walk(ctx.counted, mask, values, grads := torch.empty_like(values[0]), grad)
         return None, None, grads, *[None]*len(values[1:])
 
 def mean_by_chunks(

@@ -1,0 +1,72 @@
+"""What losses on predictions cost with the logits of a language model: in one piece, and chunk by chunk as fastkd does.
+
+`python -m benchmarks.logits [--rows 2048] [--repeats 3] [--out benchmarks]` writes logits.md and logits.json. Memory is the most
+that is allocated at a time in a forward and a backward pass, the gradient included, in units of the logits; times are medians of CPU time,
+one thread."""
+import fastkd.losses.core as core, json, math, os, platform, statistics, torch
+from argparse import ArgumentParser
+from benchmarks.losses import check_peak_bytes, keep_memory, peak_bytes
+from fastkd.all import DecoupledKD, Divergence, SoftTarget
+from functools import partial
+from pathlib import Path
+from time import process_time
+
+N_CLASSES = 32768
+LOSSES = [SoftTarget(T=4), DecoupledKD(), *map(Divergence, Divergence.kinds)]
+
+def step(loss, given): return torch.autograd.grad(loss(**given), given['pred'])[0]
+
+def way(large, run):
+    "`run()` with another limit for what is cut into chunks"
+    before, core.LARGE = core.LARGE, large
+    try: return run()
+    finally: core.LARGE = before
+
+def measure(loss, n, repeats, dtype=torch.float32):
+    "Seconds of each step and memory, both ways"
+    torch.manual_seed(0)
+    given = {key: (3*torch.randn(n, N_CLASSES)).to(dtype) for key in ('pred', 'teacher_pred')}
+    if 'target' in core.wanted_inputs(loss): given['target'] = torch.randint(N_CLASSES, (n,))
+    size = given['pred'].requires_grad_().nbytes
+    arms = dict(whole=partial(way, math.inf, partial(step, loss, given)), chunks=partial(step, loss, given))
+    grads = [run().float() for run in arms.values()]
+    apart = ((grads[0] - grads[1]).norm()/grads[0].norm()).item()
+    assert apart < (1e-2 if dtype == torch.bfloat16 else 1e-4), f'{loss}: the gradients differ by {apart:.2g}'
+    del grads
+    seconds = {arm: [] for arm in arms}
+    for _ in range(repeats):
+        for arm, run in arms.items():
+            start = process_time()
+            run()
+            seconds[arm].append(process_time() - start)
+    return dict(seconds=seconds, memory={arm: peak_bytes(run)/size for arm, run in arms.items()}, apart=apart)
+
+def row(name, found):
+    "A line of the table"
+    whole, chunks = (statistics.median(o) for o in found['seconds'].values())
+    memory = found['memory']
+    return f"| {name} | {memory['whole']:.2f} | {memory['chunks']:.2f} | {1000*whole:.0f} | {chunks/whole:.2f} |"
+
+if __name__ == '__main__':
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--rows', type=int, default=2048, help='positions')
+    parser.add_argument('--repeats', type=int, default=3, help='measurements of each way')
+    parser.add_argument('--out', type=Path, default=Path('benchmarks'), help='folder for logits.md and logits.json')
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ['KINETO_LOG_LEVEL'] = '99' # the profiler has much to say
+    keep_memory()
+    check_peak_bytes()
+    lines = ['| loss | memory in one piece | in chunks | ms in one piece | time, chunks to one piece |', '|---|---|---|---|---|']
+    found = {repr(loss): measure(loss, args.rows, args.repeats) for loss in LOSSES}
+    found['SoftTarget(T=4), bfloat16'] = measure(SoftTarget(T=4), args.rows, args.repeats, torch.bfloat16)
+    lines += [row(name, o) for name, o in found.items()]
+    given = {key: torch.randn(8192, N_CLASSES) for key in ('pred', 'teacher_pred')}
+    given['pred'].requires_grad_()
+    largest = peak_bytes(partial(step, SoftTarget(T=4), given))/given['pred'].nbytes
+    machine = f'torch {torch.__version__}, one thread, Python {platform.python_version()}, {platform.machine()}, {platform.system()}'
+    head = f'{args.rows} positions, {N_CLASSES} classes; memory in units of the logits, their gradient included. {machine}.'
+    tail = f'8192 positions, 1.07 GB of logits, SoftTarget in chunks: {largest:.2f} times the logits.'
+    (args.out/'logits.md').write_text('\n'.join([head, '', *lines, '', tail, '']))
+    (args.out/'logits.json').write_text(json.dumps(dict(machine=machine, rows=args.rows, found=found, largest=largest), indent=1) + '\n')
+    print(head, '', *lines, '', tail, sep='\n')
