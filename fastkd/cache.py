@@ -191,10 +191,7 @@ def _attributes(module):
     if hasattr(module, 'reset'): return []
     return [(name, _described(o, plain=True)) for name, o in vars(module).items() if name not in vars(nn.Module())]
 
-def _code_of(module):
-    "What a layer computes, and what hooks make of it"
-    hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values()
-    return getattr(type(module).forward, '__wrapped__', type(module).forward), hooks
+def _code_of(module): return getattr(type(module).forward, '__wrapped__', type(module).forward)
 
 # %% ../nbs/23_cache.ipynb #847abf28
 def character(

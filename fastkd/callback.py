@@ -208,7 +208,7 @@ def before_fit(self:KnowledgeDistillationCallback):
     locked = self.learn.lock.locked()
     if not locked or not _inside_fit(self.learn): self.cleanup()
     if locked or self.teacher is None: return # without a teacher an exported learner still predicts; `before_train` speaks up
-    self.loss = as_sum(self.loss)
+    if not isinstance(self.loss, Sum): self.loss = as_sum(self.loss)
     with together():
         self._check_settings()
         self._check_parts()

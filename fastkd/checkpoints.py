@@ -39,10 +39,8 @@ def _write(state, file):
     "A file that is whole or not there: a run that dies while it writes keeps the one that it had"
     part = file.with_name(f'{file.name}.part')
     try:
-        with part.open('wb') as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
+        torch.save(state, part)
+        with part.open('rb+') as f: os.fsync(f.fileno())
         os.replace(part, file)
     finally: part.unlink(missing_ok=True)
 
@@ -55,7 +53,7 @@ def load_checkpoint(self:Learner,
     cbs=None, # The distillation callbacks, as many as were saved, where they are not the learner's
 ) -> int: # Epochs done: `start_epoch` of the fit that goes on
     "Restore what `save_checkpoint` saved"
-    file, cbs = join_path_file(file, self.path/self.model_dir, ext='.pth'), _distillations(self, cbs)
+    name, file, cbs = file, join_path_file(file, self.path/self.model_dir, ext='.pth'), _distillations(self, cbs)
     with torch.serialization.safe_globals(SAFE): opt = torch.load(file, map_location='cpu', weights_only=True)['opt']
     state = opt.get('distillation')
     if state is None: raise ValueError(f'{file.name} was not written by `learn.save_checkpoint`')
@@ -66,7 +64,7 @@ def load_checkpoint(self:Learner,
         raise ValueError(f'{file.name} holds {n_groups} parameter groups, and this learner has {len(self.opt.hypers)}: is it the same '
             'splitter?')
     self.freeze_to(state['frozen_to'])
-    self.load(file, with_opt=True)
+    self.load(name, with_opt=True)
     for cb, saved in zip(cbs, state['callbacks']): cb.load_state_dict(saved)
     if not rank_distrib(): _set_random_states(self, state['random']) # other processes draw numbers of their own
     return state['epochs_done']

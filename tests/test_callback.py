@@ -1,5 +1,5 @@
 "What the callback computes, against hand-written training and hand computations."
-import pytest, torch, torch.nn.functional as F, warnings
+import numpy as np, pytest, torch, torch.nn.functional as F, warnings
 from fastai.basics import BCEWithLogitsLossFlat, CrossEntropyLossFlat, DataLoaders, Learner, SGD
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import SchedLin
@@ -296,6 +296,30 @@ def test_the_same_distillation_twice(n):
     for _ in range(n): learn.add_cb(KD(teacher, SoftTarget(T=4)))
     said = messages(learn, KD(teacher, SoftTarget(T=2)))
     assert [f'is in this fit {n} times' in o for o in said] == [True]*(n > 1)
+
+def test_task_weight_holds_while_the_weight_is_zero():
+    "Distillation alone with a warm-up: labels do not count before it begins either"
+    learn, seen = student(), []
+    def ramp(pct): return 0. if pct < .5 else .5
+    note = At('before_backward', lambda learn: seen.append(float(learn.loss_grad.detach())), 99, 0)
+    learn.fit(1, cbs=[KD(trained_teacher(), SoftTarget, task_weight=0., schedule={'weight': ramp}), note])
+    values = learn.recorder.distillation
+    assert seen == pytest.approx([w*d for w, d in zip(values['weight'], values['distillation_loss'])], rel=1e-5) and seen[0] == 0
+
+def test_numbers_of_numpy():
+    "As a loop over `np.linspace` gives them"
+    found, expected = (fitted(student(), KD(trained_teacher(), SoftTarget, weight=weight), n_epoch=1) for weight in (np.float64(.3), .3))
+    assert same(weights(found.model), weights(expected.model))
+
+def test_a_loss_of_one_element():
+    "Is taken for a scalar"
+    learn = fitted(student(), KD(trained_teacher(), lambda pred, teacher_pred: (pred - teacher_pred).pow(2).mean()[None]), n_epoch=1)
+    assert all(isinstance(value, float) for value in learn.recorder.distillation['distillation_loss'])
+
+def test_another_loss_on_the_same_callback():
+    cb = KD(trained_teacher(), SoftTarget)
+    cb.loss = Logits
+    assert fitted(student(), cb, n_epoch=1).recorder.distillation['distillation_loss'][0] > 0
 
 def test_only_the_first_batch_is_looked_at(monkeypatch):
     "Advice costs two backward passes, and a part that has been learned is quiet for a good reason"

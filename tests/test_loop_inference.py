@@ -318,3 +318,33 @@ def test_files_of_save_model_callback(tmp_path):
     died(learn, [cb, SaveModelCallback(every_epoch=True, with_opt=True)])
     run(other.load('model_1', with_opt=True), again, start_epoch=2)
     assert same(weights(other.model), weights(expected.model)) and rows(other) == rows(expected)
+
+def halves(model): return [list(model[:1].parameters()), list(model[1:].parameters())]
+
+@shows('learn.freeze(); learn.fit(3, cbs=[kd, CheckpointCallback()])')
+def test_a_frozen_phase_goes_on_frozen(tmp_path):
+    "A checkpoint knows which layers were frozen."
+    first, second = (learner(path=tmp_path, splitter=halves, train_bn=False) for _ in range(2))
+    first.freeze()
+    fitted(first, [fitnet(), CheckpointCallback()], n_epoch=1)
+    kd = fitnet()
+    start = second.load_checkpoint(cbs=kd)
+    before = weights(second.model[:1])
+    second.fit(2, cbs=kd, start_epoch=start)
+    assert start == 1 and same({k: v for k, v in before.items() if 'running' not in k and 'num' not in k},
+        {k: v for k, v in weights(second.model[:1]).items() if 'running' not in k and 'num' not in k})
+
+def test_short_epochs_are_epochs(tmp_path):
+    "Also where a callback cuts them short"
+    from fastai.callback.training import ShortEpochCallback
+    learn, kd = learner(path=tmp_path), fitnet()
+    fitted(learn, [kd, CheckpointCallback(), ShortEpochCallback(.3)], n_epoch=2)
+    assert learner(path=tmp_path).load_checkpoint(cbs=fitnet()) == 2
+
+def test_a_checkpoint_of_other_groups(tmp_path):
+    "Is refused before anything is changed"
+    fitted(learner(path=tmp_path), [fitnet(), CheckpointCallback()], n_epoch=1)
+    other = learner(path=tmp_path, splitter=halves)
+    before = weights(other.model)
+    with pytest.raises(ValueError, match='holds 1 parameter groups, and this learner has 2'): other.load_checkpoint(cbs=fitnet())
+    assert same(weights(other.model), before)

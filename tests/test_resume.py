@@ -2,7 +2,7 @@
 import io, pytest, torch
 from fastkd.all import *
 from helpers import At, OnCPU, convnet, fitted, learner, named_learner, raising, same, seeded, trained_teacher, weights
-from learning import each_kind, fitnet, learned
+from learning import each_kind, fitnet, learned, with_banks, with_masks, with_queue
 from fastai.basics import CancelStepException, SGD
 from fastai.callback.training import GradientClip
 from functools import partial
@@ -150,3 +150,48 @@ def test_export_in_between_changes_nothing(make, tmp_path):
     exported[0].export()
     for learn, cb in plain, exported: fitted(learn, cb, seed=2)
     assert same(weights(plain[0].model), weights(exported[0].model)) and same(learned(plain[1]), learned(exported[1]))
+
+# ---- Another student, another state
+
+@pytest.mark.parametrize('make', [fitnet, with_banks, with_queue, with_masks])
+def test_another_student_begins_anew(make):
+    "A loop over seeds with one callback trains what a loop with new ones trains"
+    cb = make()
+    fitted(learner(), cb, n_epoch=1)
+    found, expected = learner(seeded(convnet, 4, seed=5)), learner(seeded(convnet, 4, seed=5))
+    fitted(found, cb, n_epoch=1)
+    fitted(expected, make(), n_epoch=1)
+    assert same(weights(found.model), weights(expected.model))
+
+def test_a_state_of_other_layers():
+    "Is an error in every fit, not in the first one only"
+    cb, other = fitnet(), KD(trained_teacher(), SoftTarget() + 10*FitNet().on(['block1', 'block1'], ['block2', 'block2']))
+    fitted(learner(), other, n_epoch=1)
+    cb.load_state_dict(other.state_dict())
+    for _ in range(2):
+        with pytest.raises(ValueError, match='was learned by other losses or layers than those of'): learner().fit(1, cbs=cb)
+
+def test_loading_in_the_middle_of_a_fit():
+    "Counts from the next batch on, and adapters go on learning"
+    cb, moved = fitnet(), []
+    fitted(learner(), cb, n_epoch=1)
+    state, last = cb.state_dict(), {}
+    def note(learn):
+        now = {name: p.detach().clone() for name, p in cb.loss.named_parameters()}
+        moved.append(last and not same(now, last))
+        last.update(now)
+    learn = learner()
+    learn.fit(1, cbs=[cb, At('before_batch', lambda learn: cb.load_state_dict(state), 0, 3), At('after_step', note, 99, 0)])
+    assert all(moved[1:]) and len(moved) == 4
+
+def test_lr_find_that_dies_before_the_first_batch(tmp_path):
+    "With a state that was loaded before"
+    cb = fitnet()
+    fitted(learner(), cb, n_epoch=1)
+    fresh, learn = fitnet(), learner(path=tmp_path)
+    fresh.load_state_dict(cb.state_dict())
+    learn.add_cbs([fresh, At('before_train', raising(KeyboardInterrupt))])
+    with pytest.raises(KeyboardInterrupt): learn.lr_find(num_it=4, show_plot=False)
+    learn.validate()
+    learn.fit(1)
+    assert learn.recorder.distillation['distillation_loss']

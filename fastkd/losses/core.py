@@ -214,7 +214,7 @@ def counted_mean(
     instead = [filler(o[:1]) for o in values]
     filled = [torch.where(mask.reshape(-1, *[1]*(o.ndim - 1)), o, row) for o, row in zip(values, instead)]
     if not rows_alone: return mean(*filled, mask)
-    return (n_all*mean(*filled) - (n_all - n)*mean(*instead))/n.clamp(min=1)
+    return (n > 0)*(n_all*mean(*filled) - (n_all - n)*mean(*instead))/n.clamp(min=1)
 
 def sure(row):
     "A prediction of the last class and nothing else: where both models say that, losses are all but 0"
