@@ -22,8 +22,8 @@ class Mutant(NamedTuple):
     killed_by: str # The test that notices, in tests/: file::test, with a parameter where one is enough
     also: tuple = () # Further pairs of old and new, where one change alone does no harm
 
-CB, LEARNED, TEACHERS, LEARNERS, MODULES, SAVED = (f'{o}.py' for o in
-    ('callback', 'learned', 'teachers', 'learners', 'modules', 'checkpoints'))
+CB, LEARNED, TEACHERS, LEARNERS, MODULES = (f'{o}.py' for o in ('callback', 'learned', 'teachers', 'learners', 'modules'))
+SAVED = 'checkpoints.py'
 CORE, RESPONSE, FEATURE, RELATION = (f'losses/{o}.py' for o in ('core', 'response', 'feature', 'relation'))
 FORMULA = 'test_zoo.py::test_value_and_every_gradient'
 
@@ -185,8 +185,8 @@ CHECKPOINTS = [
         'test_loop_inference.py::test_going_on[fitnet]'),
     Mutant('checkpoint forgets the callbacks', SAVED, "in zip(cbs, state['callbacks']): cb.load_state_dict(saved)", "in (): pass",
         'test_loop_inference.py::test_checkpoint_of_two_callbacks'),
-    Mutant('callbacks get the state of the first', SAVED, "zip(cbs, state['callbacks']): cb", "zip(cbs, state['callbacks'][:1]*len(cbs)): cb",
-        'test_loop_inference.py::test_checkpoint_of_two_callbacks'),
+    Mutant('callbacks get the state of the first', SAVED, "zip(cbs, state['callbacks']): cb",
+        "zip(cbs, state['callbacks'][:1]*len(cbs)): cb", 'test_loop_inference.py::test_checkpoint_of_two_callbacks'),
     Mutant('checkpoint loses an epoch', SAVED, 'epochs_done=self.epoch + 1)', 'epochs_done=self.epoch)',
         'test_loop_inference.py::test_going_on[fitnet]'),
     Mutant('checkpoint is written in place', SAVED, "part = file.with_name(f'{file.name}.part')", 'part = file',
@@ -304,8 +304,8 @@ LOSSES = [
         'values = [o*mask.view(-1, 1) for o in values]', 'test_losses.py::test_mask'),
     Mutant('masked rows count on a GPU', CORE, '(n_all*mean(*filled) - (n_all - n)*mean(*instead))/n.clamp(min=1)',
         'mean(*filled)', 'test_losses_response.py::test_a_mask_leaves_positions_out'),
-    Mutant('masked rows have a say in relations between rows on a GPU', CORE, 'if not rows_alone: return mean(*filled, mask)', 'if not rows_alone: return mean(*filled)',
-        'test_losses_response.py::test_a_mask_leaves_positions_out'),
+    Mutant('masked rows have a say in relations between rows on a GPU', CORE, 'if not rows_alone: return mean(*filled, mask)',
+        'if not rows_alone: return mean(*filled)', 'test_losses_response.py::test_a_mask_leaves_positions_out'),
     Mutant('a class that the teacher rules out makes a loss infinite', RESPONSE, 'finite(log_probs(teacher, T))', 'log_probs(teacher, T)',
         'test_losses_response.py::test_classes_that_the_teacher_rules_out'),
     Mutant('mean over all positions, masked ones too', CORE, '.sum()/mask.sum().clamp(min=1)', '.sum()/len(mask)',
