@@ -142,6 +142,7 @@ columns = partial(_select, find=logits, columns=torch.tensor([2, 1, 0]), axis=1)
 made = [o.hex() for method in (_by_hash, _by_sums) for o in method([x])] + [identity(Frozen(model, columns), on_disk=True)]
 """
 
+@pytest.mark.slow
 def test_same_in_every_process():
     "Fingerprints, and the identity of a teacher whose settings hold a tensor, in a process of its own"
     run = subprocess.run([sys.executable, '-W', 'ignore', '-c', MADE + 'print(made)'], capture_output=True, text=True,
