@@ -128,7 +128,10 @@ def read_block(
     file:Path, # Written by `write_block`
 ) -> Block: # With tensors that are read from the file as they are needed
     "The block that a file holds"
-    with _safetensors().safe_open(file, 'pt') as opened: tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    try:
+        with _safetensors().safe_open(file, 'pt') as opened: tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    except RuntimeError as e: # torch's word for a file that another process has just let go
+        raise e if file.exists() else FileNotFoundError(file) from e
     keys = tensors.pop('keys')
     raw, n = keys.numpy().tobytes(), keys.shape[1]
     return Block([raw[i*n:(i + 1)*n] for i in range(len(keys))], tensors, file)

@@ -713,6 +713,17 @@ def test_parts_of_killed_runs_go(tmp_path):
     CachedTeacher(net(), tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ['new.part']
 
+def test_a_file_that_vanishes_while_it_is_opened(tmp_path, monkeypatch):
+    "Another process let it go between the look at its bytes and the mapping: the others are read"
+    for i in range(2): cache.write_block(tmp_path, cache.Block([bytes([i])*24], {'pred': torch.full((1, 3), float(i))}))
+    first, safe_open = sorted(tmp_path.glob('*.safetensors'))[0], cache._safetensors().safe_open
+    def vanish(file, *args):
+        if file != first: return safe_open(file, *args)
+        file.unlink()
+        raise RuntimeError(f'unable to open file <{file}> in read-only mode')
+    monkeypatch.setattr(cache._safetensors(), 'safe_open', vanish)
+    assert [block.tensors['pred'][0, 0].item() for block in cache.read_folder(tmp_path)] == [1.]
+
 def test_two_processes(tmp_path):
     "Write to one folder at once, and let one another's oldest files go"
     children = [in_child(lambda: write_for_ever(tmp_path, 50*i, 60)) for i in range(2)]
