@@ -3,9 +3,9 @@
 `python -m benchmarks [--steps 20] [--out benchmarks] [parts…]` writes step.md, step.json and step.png. The arms take turns step by step
 in one process with one thread, so that a busy machine disturbs all alike; the figures are medians of CPU time and their ratios.
 Memory is the most that is allocated at a time in a step, beyond what was there before it."""
-import json, os, platform, torch, torch.nn.functional as F
+import json, platform, torch, torch.nn.functional as F
 from argparse import ArgumentParser
-from benchmarks.losses import check_peak_bytes, keep_memory, peak_bytes
+from benchmarks.losses import be_steady, peak_bytes
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner
 from fastkd.all import Attention, CachedTeacher, KnowledgeDistillationCallback, SoftTarget
 from fastkd.teachers import Frozen
@@ -216,10 +216,7 @@ if __name__ == '__main__':
     parser.add_argument('--steps', type=int, default=20, help='steps per arm')
     parser.add_argument('--out', type=Path, default=Path('benchmarks'), help='folder for step.md, step.json and step.png')
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    os.environ['KINETO_LOG_LEVEL'] = '99' # the profiler has much to say
-    keep_memory()
-    check_peak_bytes()
+    be_steady()
     file = args.out/'step.json'
     found = json.loads(file.read_text()) if args.parts and file.exists() else {}
     machine = f'{platform.machine()}, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}, one thread'

@@ -3,9 +3,9 @@
 `python -m benchmarks.logits [--rows 2048] [--repeats 3] [--out benchmarks]` writes logits.md and logits.json. Memory is the most
 that is allocated at a time in a forward and a backward pass, the gradient included, in units of the logits; times are medians of CPU time,
 one thread."""
-import fastkd.losses.core as core, json, math, os, platform, statistics, torch
+import fastkd.losses.core as core, json, math, platform, statistics, torch
 from argparse import ArgumentParser
-from benchmarks.losses import check_peak_bytes, keep_memory, peak_bytes
+from benchmarks.losses import be_steady, peak_bytes
 from fastkd.all import DecoupledKD, Divergence, SoftTarget
 from functools import partial
 from pathlib import Path
@@ -53,10 +53,7 @@ if __name__ == '__main__':
     parser.add_argument('--repeats', type=int, default=3, help='measurements of each way')
     parser.add_argument('--out', type=Path, default=Path('benchmarks'), help='folder for logits.md and logits.json')
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    os.environ['KINETO_LOG_LEVEL'] = '99' # the profiler has much to say
-    keep_memory()
-    check_peak_bytes()
+    be_steady()
     lines = ['| loss | memory in one piece | in chunks | ms in one piece | time, chunks to one piece |', '|---|---|---|---|---|']
     found = {repr(loss): measure(loss, args.rows, args.repeats) for loss in LOSSES}
     found['SoftTarget(T=4), bfloat16'] = measure(SoftTarget(T=4), args.rows, args.repeats, torch.bfloat16)

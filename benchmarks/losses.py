@@ -409,6 +409,13 @@ def check_peak_bytes():
     found = peak_bytes(run)
     assert 2**21 <= found < 2**21 + 1000, f'{found} bytes instead of {2**21}'
 
+def be_steady():
+    "What every benchmark of time and memory begins with"
+    torch.set_num_threads(1)
+    os.environ['KINETO_LOG_LEVEL'] = '99' # the profiler has much to say
+    keep_memory()
+    check_peak_bytes()
+
 def call_cost(name, make, repeats=2000):
     "Microseconds that a call of ours takes beside its formula, on inputs so small that nothing else is measured"
     formula,taken = CASES[name][1], {}
@@ -463,10 +470,7 @@ if __name__ == '__main__':
     parser.add_argument('--repeats', type=int, default=20, help='measurements per arm')
     parser.add_argument('--out', type=Path, default=Path('benchmarks'), help='folder for losses.md and losses.json')
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    os.environ['KINETO_LOG_LEVEL'] = '99' # the profiler has much to say
-    keep_memory()
-    check_peak_bytes()
+    be_steady()
     classes,found,lines = zoo(), {}, [*HEAD]
     print(*lines, sep='\n')
     for name in args.names or CASES:

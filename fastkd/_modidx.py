@@ -102,6 +102,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'fastkd/callback.py'),
                                  'fastkd.callback.KnowledgeDistillationCallback._compare': ( 'callback.html#knowledgedistillationcallback._compare',
                                                                                              'fastkd/callback.py'),
+                                 'fastkd.callback.KnowledgeDistillationCallback._forget': ( 'callback.html#knowledgedistillationcallback._forget',
+                                                                                            'fastkd/callback.py'),
                                  'fastkd.callback.KnowledgeDistillationCallback._given': ( 'callback.html#knowledgedistillationcallback._given',
                                                                                            'fastkd/callback.py'),
                                  'fastkd.callback.KnowledgeDistillationCallback._index': ( 'callback.html#knowledgedistillationcallback._index',

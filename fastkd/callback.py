@@ -172,7 +172,8 @@ def _mask(self:KnowledgeDistillationCallback):
 # %% ../nbs/30_callback.ipynb #bc579592
 def _numbered(dl):
     dl = vars(dl).get('dl', dl) # the loader that `DistributedDL` shares out
-    return isinstance(dl, DataLoader) and dl.indexed and dl.n == len(dl.dataset) # a stream of words is cut into other samples
+    if not isinstance(dl, DataLoader) or not dl.indexed or dl.n is None: return False
+    return dl.n == len(dl.dataset) # a language model's loader cuts its texts into other samples
 
 @patch
 def _ask(self:KnowledgeDistillationCallback, teacher, xb):
@@ -231,8 +232,16 @@ def before_fit(self:KnowledgeDistillationCallback):
 def _meet(self:KnowledgeDistillationCallback, model):
     "Begin anew with another student: adapters of one model are not those of the next"
     if self._student is not None and self._student() is not model and self._loaded is None:
-        self.loss, self._learned, self._epochs_done = self.loss.without_learned(), None, 0
+        self._forget()
+        self._epochs_done = 0
     self._student = weakref.ref(model)
+
+@patch
+def _forget(self:KnowledgeDistillationCallback):
+    "Have the losses learn anew"
+    self._learned = None
+    for part in self.loss.parts:
+        if isinstance(part.loss, Loss): part.loss.learned = None
 
 def _is_compiled(model): return any('_orig_mod' in module._modules for module in model.modules())
 
@@ -612,10 +621,8 @@ def load_state_dict(self:KnowledgeDistillationCallback,
 def _restore(self:KnowledgeDistillationCallback, state):
     "Back to `state`, which may be from before the losses were built"
     if state['loss'].keys() == self.loss.state_dict().keys(): return self.load_state_dict(state)
-    for part in self.loss.parts:
-        if isinstance(part.loss, Loss): part.loss.learned = None
+    self._forget()
     self.loss.load_state_dict(state['loss'])
-    self._learned = None
 
 # %% ../nbs/30_callback.ipynb #b447ed94
 @patch

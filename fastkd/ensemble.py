@@ -55,7 +55,8 @@ class Ensemble(Teacher):
             raise TypeError(f'the teachers of an ensemble are modules, Learners or Teachers, not {type(teacher).__name__}')
         if mean not in self.means: raise ValueError(f'mean is one of {self.means}, not {mean!r}')
         if not isinstance(T, Number) or not 0 < T < float('inf'): raise ValueError(f'T must be positive and finite, not {T!r}')
-        if weights not in (None, 'confidence'): self.shares = _shares(weights, len(self.source))
+        if isinstance(weights, str) and weights != 'confidence': raise ValueError(f"weights are numbers or 'confidence', not {weights!r}")
+        if weights is not None and not isinstance(weights, str): self.shares = _shares(weights, len(self.source))
         self.teachers = [Frozen(o) if isinstance(o, nn.Module) else o for o in self.source]
 
     def __repr__(self): return f'Ensemble({self.teachers}, {self.mean!r})'

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 def slow(*args): return pytest.param(*args, marks=pytest.mark.slow)
 
-# one line that a user writes; notebook 40 makes a table of these lines and of the first lines of their tests' docstrings
+# one line that a user writes; notebook 49 makes a table of these lines and of the first lines of their tests' docstrings
 def shows(line): return lambda test: test
 
 @cache
@@ -236,6 +236,3 @@ class OnCPU(MixedPrecision):
         half = self.amp_mode == AMPMode.FP16
         self.autocast = torch.autocast('cpu', dtype=torch.float16 if half else torch.bfloat16)
         self.learn.scaler, self.scales = torch.amp.GradScaler('cpu', enabled=half, **self.scaler_args), []
-
-# notebook 40 builds its table from these lines and the docstrings
-def shows(line): return lambda test: test
