@@ -56,6 +56,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'fastkd.cache._in_order': ('cache.html#_in_order', 'fastkd/cache.py'),
                               'fastkd.cache._merged': ('cache.html#_merged', 'fastkd/cache.py'),
                               'fastkd.cache._multipliers': ('cache.html#_multipliers', 'fastkd/cache.py'),
+                              'fastkd.cache._nameless': ('cache.html#_nameless', 'fastkd/cache.py'),
                               'fastkd.cache._pick': ('cache.html#_pick', 'fastkd/cache.py'),
                               'fastkd.cache._raw': ('cache.html#_raw', 'fastkd/cache.py'),
                               'fastkd.cache._read_checked': ('cache.html#_read_checked', 'fastkd/cache.py'),

@@ -189,10 +189,19 @@ def _described(o, plain=False):
     except Exception: return None # a lambda, or a function within a function
     return file.getvalue()
 
-def _attributes(module):
+# %% ../nbs/23_cache.ipynb #ee28f04e
+def _attributes(module, on_disk):
     "Plain attributes of a layer, such as the number that its `forward` multiplies by; those of recurrent ones are their state"
     if hasattr(module, 'reset'): return []
-    return [(name, _described(o, plain=True)) for name, o in vars(module).items() if name not in vars(nn.Module())]
+    own = {name: o for name, o in vars(module).items() if name not in vars(nn.Module())}
+    return [(name, _described(o, plain=True) or _nameless(module, name, o, on_disk)) for name, o in own.items()]
+
+def _nameless(module, name, o, on_disk):
+    "A lambda that a layer holds is itself as long as it lives; what may hold a state is left out"
+    if not isinstance(o, FunctionType): return None
+    if not on_disk: return id(o)
+    raise ValueError(f'{type(module).__name__}.{name} is a function without a name by which another run could know it: define it at the '
+        'top level of a module')
 
 def _code_of(module): return getattr(type(module).forward, '__wrapped__', type(module).forward)
 
@@ -211,7 +220,7 @@ def character(
     for model in teacher.modules():
         digest.update(repr(model).encode())
         others = [(name, _described(o)) for name, o in model.state_dict().items() if not isinstance(o, Tensor)] # as quantized layers have
-        digest.update(repr([(_attributes(module), _described(_code_of(module))) for module in model.modules()] + others).encode())
+        digest.update(repr([(_attributes(module, on_disk), _described(_code_of(module))) for module in model.modules()] + others).encode())
     return digest.digest()
 
 # %% ../nbs/23_cache.ipynb #23c000b3
