@@ -176,11 +176,12 @@ def _numbered(dl):
     return dl.n == len(dl.dataset) # a language model's loader cuts its texts into other samples
 
 @patch
-def _ask(self:KnowledgeDistillationCallback, teacher, xb):
-    "The teacher's answer for a batch, or for its first samples"
-    n, more = len(next(_tensors(xb))), {}
-    if 'index' in teacher.wants: more['index'] = self._index()[:n]
-    if 'target' in teacher.wants: more['target'] = first_samples(self._target(), n)
+def _ask(self:KnowledgeDistillationCallback, teacher, xb, pred, fm_s):
+    "The teacher's answer for a batch, or for its first samples, given what the student says of them"
+    n = len(next(_tensors(xb)))
+    known = dict(index=lambda: self._index()[:n], target=lambda: first_samples(self._target(), n), student_pred=pred.detach,
+        fm_s=lambda: {name: value.detach() for name, value in fm_s.items()})
+    more = {name: known[name]() for name in teacher.wants}
     return teacher.outputs(xb, self._fit.teachers, pred=self._fit.wants_pred, **more)
 
 @patch
@@ -215,12 +216,15 @@ def before_fit(self:KnowledgeDistillationCallback):
         self._check_parts()
         teacher = self._as_teacher()
         self._check_models(teacher)
-    names = lambda side: list(dict.fromkeys(name for part in self.loss.parts for name in getattr(part, side) or []))
-    wants = {name for part in self.loss.parts for name in part.wants}
+    parts, wants = self.loss.parts, {name for part in self.loss.parts for name in part.wants}
+    names = lambda *sides: [name for part in parts for side in sides for name in listify(getattr(part, side))]
+    teachers = list(dict.fromkeys(names('teachers', 'teacher_pred')))
+    students = list(dict.fromkeys([*names('students', 'pred'), *teacher.student_layers(teachers)]))
+    wants_pred = any('teacher_pred' in part.wants and part.teacher_pred is None for part in parts) or bool(self.teacher_metrics)
     self._meet(unwrap_model(self.learn.model))
-    self._fit = SimpleNamespace(teacher=teacher, students=names('students'), teachers=names('teachers'), wants=wants,
-        wants_pred='teacher_pred' in wants or bool(self.teacher_metrics), peaks=self._peaks(), captures=None, activations={},
-        ready=False, advised=False, n_batches=0, sums={}, first=None, problem=None, blamed=None, before=None, suffix=self._suffix())
+    self._fit = SimpleNamespace(teacher=teacher, students=students, teachers=teachers, wants=wants, wants_pred=wants_pred,
+        peaks=self._peaks(), captures=None, activations={}, ready=False, advised=False, n_batches=0, sums={}, first=None, problem=None,
+        blamed=None, before=None, suffix=self._suffix())
     if hasattr(self.learn, 'lr_finder'): self._fit.before = self.state_dict()
     if self.span and self._epochs_done >= self.span: self._epochs_done = 0
     models = self.learn.model, *(o for o in vars(teacher).values() if isinstance(o, nn.Module))
@@ -326,7 +330,8 @@ def _look(self:KnowledgeDistillationCallback):
         with evaluating(model), torch.no_grad(), fit.captures: output = model(*one)
         fm_s = fit.captures.take()
         self._check_captured(fm_s)
-        teacher_pred, fm_t = self._ask_once(one)
+        pred = self.logits(output)
+        teacher_pred, fm_t = self._ask_once(one, pred, fm_s)
         if 'mask' in fit.wants: self._mask()
     fit.shapes = {name: tuple(value.shape[1:]) for name, value in fm_s.items()}
     reset_state(model)
@@ -334,16 +339,16 @@ def _look(self:KnowledgeDistillationCallback):
     self._check_finite(teacher_pred, fm_t)
     square = all(x.shape[2] == x.shape[3] for x in one if isinstance(x, Tensor) and x.ndim == 4)
     n_samples = len(learn.dls.train_ds) if _numbered(learn.dls.train) else None
-    self.loss.build(Probe(self.logits(output), teacher_pred, fm_s, fm_t, self._target(), fit.axis, square,
+    self.loss.build(Probe(pred, teacher_pred, fm_s, fm_t, self._target(), fit.axis, square,
         fit.teacher.teacher_module, n_samples))
     if hasattr(learn, 'recorder') and not fit.suffix: learn.recorder.distillation = {}
 
 # %% ../nbs/30_callback.ipynb #e10a6871
 @patch
-def _ask_once(self:KnowledgeDistillationCallback, one):
+def _ask_once(self:KnowledgeDistillationCallback, one, pred, fm_s):
     "The teacher's answer for one sample, or an error that says who failed on what"
     fit = self._fit
-    try: return self._ask(fit.teacher.live, one)
+    try: return self._ask(fit.teacher.live, one, pred, fm_s)
     except (AttributeError, LookupError, RuntimeError, TypeError) as e:
         shapes = ', '.join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in one)
         raise (TypeError if isinstance(e, TypeError) else ValueError)(f"{fit.teacher} fails on a sample of the student's batch, of shape "
@@ -469,11 +474,11 @@ def _blend(self:KnowledgeDistillationCallback):
 def _given(self:KnowledgeDistillationCallback):
     "All that the losses ask for"
     fit, learn = self._fit, self.learn
-    teacher_pred, fm_t = self._ask(fit.teacher, learn.xb)
-    fm_s, fit.activations = fit.activations, {}
+    pred, fm_s, fit.activations = self.logits(learn.pred), fit.activations, {}
+    teacher_pred, fm_t = self._ask(fit.teacher, learn.xb, pred, fm_s)
     mask, index = self._mask() if 'mask' in fit.wants else None, self._index() if 'index' in fit.wants else None
     if index is not None: index = index.to(next(_tensors(learn.xb)).device, non_blocking=True)
-    return dict(pred=self.logits(learn.pred), teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=self._target(), mask=mask,
+    return dict(pred=pred, teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=self._target(), mask=mask,
         index=index, axis=fit.axis)
 
 # %% ../nbs/30_callback.ipynb #b1d7c3e5

@@ -73,22 +73,25 @@ def _shares(weights, n):
 @patch
 def outputs(self:Ensemble,
     xb:tuple, # The batch as the student sees it
-    layers=(), # Names of layers, each with the place of its teacher in front: `0.layer2`
-    pred:bool=True, # Whether the prediction is wanted, too
-    index=None, # Positions of the samples in the dataset, for teachers that want them
-    target=None, # The batch's labels, for `weights='confidence'`
+    layers=(), # Names of layers, each with the place of its teacher in front: `0.layer2`; `0` is the prediction of the first one
+    pred:bool=True, # Whether the mean prediction is wanted, too
+    **given, # What the ensemble `wants`: the labels for `weights='confidence'`, and whatever one of its teachers wants
 ) -> tuple: # The mean prediction as logits, `(bs, n_classes, ...)` (None unless wanted), and the activations by name
     "Ask all teachers"
-    given, preds, activations = dict(index=index, target=target), [], {}
+    preds, activations = [], {}
     for i, teacher in enumerate(self.teachers):
-        own = [name.removeprefix(f'{i}.') for name in layers if name.split('.')[0] == str(i)]
-        answer, found = teacher.outputs(xb, own, pred, **{name: given[name] for name in teacher.wants})
+        is_asked = str(i) in layers
+        answer, found = teacher.outputs(xb, _own(layers, i), pred or is_asked, **{name: given[name] for name in teacher.wants})
         preds.append(answer)
-        activations |= {f'{i}.{name}': value for name, value in found.items()}
+        activations |= {f'{i}.{name}': value for name, value in found.items()} | ({str(i): answer} if is_asked else {})
     if missing := [name for name in layers if name not in activations]:
         last = len(self.teachers) - 1
         raise ValueError(f"the ensemble has no layer '{missing[0]}': names begin with the place of a teacher, 0 to {last}")
-    return (self.average(preds, target) if pred else None), activations
+    return (self.average(preds, given.get('target')) if pred else None), activations
+
+def _own(layers, i):
+    "Those of `layers` that are of teacher `i`, as it calls them"
+    return [name.removeprefix(f'{i}.') for name in layers if name.startswith(f'{i}.')]
 
 # %% ../nbs/25_ensemble.ipynb #25e0000b
 @patch
@@ -146,11 +149,17 @@ def flush(self:Ensemble):
 
 # %% ../nbs/25_ensemble.ipynb #25e00011
 @patch
+def student_layers(self:Ensemble, layers):
+    "What its teachers must hear from the student"
+    return [name for i, teacher in enumerate(self.teachers) for name in teacher.student_layers(_own(layers, i))]
+
+@patch
 def modules(self:Ensemble): return [model for teacher in self.teachers for model in teacher.modules()]
 
 @patch
 def settings(self:Ensemble): return self.mean, self.weights, self.T, self.axis, [(type(o), o.settings()) for o in self.teachers]
 
+# %% ../nbs/25_ensemble.ipynb #4de5f5df
 @patch
 def teacher_module(self:Ensemble, name):
     place, _, path = name.partition('.')

@@ -26,7 +26,8 @@ class Teacher:
         "Answer for a batch"
         raise TypeError(f'{type(self).__name__} has no `outputs(xb, layers, pred=True)`')
 
-    wants = () # What `outputs` takes beside the batch: 'index', the samples' positions in the dataset; 'target', the labels
+    wants = () # What `outputs` takes beside the batch: 'index', 'target', 'student_pred' and 'fm_s', what the student says, detached
+    def student_layers(self, layers): return [] # Names of student layers that `fm_s` must hold for an answer about `layers`
     def seen(self, xb): return xb
     def answer(self, inputs, layers=(), pred=True): return self.outputs(inputs, layers, pred)
     def to(self, device): return self

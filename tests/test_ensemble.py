@@ -149,6 +149,51 @@ def test_nested():
     assert torch.allclose(nested.outputs((x,))[0], flat.outputs((x,))[0], atol=1e-5)
     assert nested.outputs((x,), ['0.1.block2'])[1]['0.1.block2'].shape == (4, 16, 4, 4)
 
+def test_each_part_has_a_teacher_of_its_own():
+    "One part learns from the first teacher, another from the second, a third from their mean"
+    first, second = two()
+    loss = SoftTarget(T=2).on(teacher_pred='0') + 3*SoftTarget(T=8).on(teacher_pred='1') + SoftTarget(T=5)
+    def by_hand(pred, of_first, *fms):
+        with torch.no_grad(): preds = [model.eval()(by_hand.x) for model in (first, second)]
+        return soft_target(pred, preds[0], 2) + 3*soft_target(pred, preds[1], 8) + soft_target(pred, average(preds), 5)
+    def average(preds): return sum(o.softmax(1) for o in preds).div(2).log()
+    class Both(ByHand):
+        def after_loss(self):
+            by_hand.x = self.x
+            super().after_loss()
+    found, expected = student(), student()
+    fitted(found, KD(Ensemble([first, second]), loss))
+    fitted(expected, Both(first, by_hand))
+    assert furthest(weights(found.model), weights(expected.model)) < 1e-6
+    columns = [name for name in found.recorder.distillation if name.startswith('soft')]
+    assert columns == ['soft_target_loss', 'soft_target_loss_2', 'soft_target_loss_3']
+
+def test_one_voice_only():
+    "Where every part has a teacher of its own, the mean is not computed, and shapes need not agree"
+    other = convnet(4, n_out=7)
+    student().fit(1, cbs=KD(Ensemble([trained_teacher(), other]), SoftTarget().on(teacher_pred='0')))
+    said = error_of(ValueError, student(), KD(Ensemble([trained_teacher(), other]), SoftTarget().on(teacher_pred='1')))
+    assert 'the student predicts 10 classes and the teacher 7' in said
+
+class Echo(Teacher):
+    "Says what it hears from the student"
+    wants = 'student_pred', 'fm_s'
+    def __init__(self): self.heard = []
+    def student_layers(self, layers): return layers
+    def outputs(self, xb, layers=(), pred=True, *, student_pred, fm_s):
+        self.heard.append((student_pred, fm_s))
+        return student_pred, {name: fm_s[name] for name in layers}
+
+@pytest.mark.parametrize('around,place,own', [(lambda echo: echo, 'block2', SoftTarget()),
+    (lambda echo: Ensemble([trained_teacher(), echo]), '1.block2', SoftTarget().on(teacher_pred='1'))], ids=['alone', 'in an ensemble'])
+def test_a_teacher_that_hears_the_student(around, place, own):
+    "It gets the batch's predictions and the layers that it needs, without a graph, and the student learns from them"
+    echo, learn = Echo(), student()
+    fitted(learn, KD(around(echo), FitNet().on('block1', place) + own), n_epoch=1)
+    pred, fm_s = echo.heard[-1]
+    assert len(echo.heard) == 1 + 4 and len(pred) == 25 and list(fm_s) == ['block1', 'block2'] and fm_s['block2'].shape == (25, 8, 4, 4)
+    assert not pred.requires_grad and not any(o.requires_grad for o in fm_s.values())
+
 # ---- What is refused, before the first step
 
 def test_other_classes():

@@ -402,3 +402,34 @@ def test_parts_and_mixed_are_plain():
     part = Part(SoftTarget(), 2., name='x')
     assert part.wants == wanted_inputs(part.loss) and repr(part) == '2*SoftTarget(T=5)'
     assert Mixed(1, 2, 3)._fields == ('y', 'y1', 'lam')
+
+# ---- Predictions by name
+
+def test_prediction_of_a_layer():
+    "A part may compare the output of a layer instead of the model's; other parts go on with the model's"
+    given = batch()
+    given['fm_s']['aux'], given['fm_t']['other'] = torch.randn(4, 3), torch.randn(4, 3)
+    values = (Logits().on(pred='aux', teacher_pred='other') + Logits().on(pred='aux') + Logits()).values(**given)
+    close(values['logits'], (given['fm_s']['aux'] - given['fm_t']['other']).pow(2).mean())
+    close(values['logits_2'], (given['fm_s']['aux'] - given['teacher_pred']).pow(2).mean())
+    close(values['logits_3'], (given['pred'] - given['teacher_pred']).pow(2).mean())
+
+def test_predictions_and_layers_of_a_sum():
+    "Each name goes to the parts that ask for it and have none of their own"
+    loss = (SoftTarget() + Attention() + SoftTarget().on(pred='other')).on('a', 'b', pred='aux')
+    assert [part.pred for part in loss.parts] == ['aux', None, 'other'] and [part.students for part in loss.parts] == [None, ['a'], None]
+    assert repr(SoftTarget().on(pred='aux', teacher_pred='1')) == f"{SoftTarget()}.on(pred='aux', teacher_pred='1')"
+    assert repr((2*loss).without_learned()) == repr(2*loss)
+
+def test_build_looks_at_the_named_prediction():
+    given = batch()
+    given['fm_s']['aux'] = torch.randn(4, 7)
+    with pytest.raises(ValueError, match='the student predicts 7 classes and the teacher 3'):
+        SoftTarget().on(pred='aux').build(probe_of(given))
+
+@pytest.mark.parametrize('loss,kwargs,said', [(Attention, dict(pred='a'), 'asks for a pred and has none'),
+    (lambda: SoftTarget().on(pred='a'), dict(pred='b'), 'asks for a pred and has none'), (SoftTarget, dict(teacher_pred=3), 'by their names'),
+    (SoftTarget, {}, 'compares predictions')], ids=['features', 'twice', 'number', 'nothing'])
+def test_predictions_of_nobody(loss, kwargs, said):
+    with pytest.raises((ValueError, TypeError), match=said): loss().on(**kwargs)
+    with pytest.raises(ValueError, match=r'needs pred \(logits'): Logits().on(pred='aux').values(**batch())

@@ -540,6 +540,8 @@ class Part:
     factor: float = 1. # What its value is multiplied with
     students: list = None # Layer names of its own; None takes the callback's
     teachers: list = None # The teacher's layers, as many
+    pred: str = None # Student layer whose output is its prediction; None takes the model's own
+    teacher_pred: str = None # Teacher layer whose output is the teacher's prediction; None takes the teacher's answer
     name: str = '' # Unique in its sum: `attention`, `attention_2`
 
     def __post_init__(self): self.wants = wanted_inputs(self.loss)
@@ -561,8 +563,10 @@ class Part:
 
     def __repr__(self):
         loss = repr(self.loss) if isinstance(self.loss, nn.Module) else loss_name(self.loss)
-        layers = '' if self.students is None else f'.on({self.students}, {self.teachers})'
-        return f"{'' if self.factor == 1 else f'{self.factor:.12g}*'}{loss}{layers}"
+        layers = [] if self.students is None else [f'{self.students}, {self.teachers}']
+        layers += [f'{name}={getattr(self, name)!r}' for name in ('pred', 'teacher_pred') if getattr(self, name) is not None]
+        place = f".on({', '.join(layers)})" if layers else ''
+        return f"{'' if self.factor == 1 else f'{self.factor:.12g}*'}{loss}{place}"
 
 # %% ../../nbs/10_losses.core.ipynb #e79a70d9
 def pick(
@@ -572,6 +576,16 @@ def pick(
     "Activations in the order of the declared pairs"
     keys = [name if (n := names[:i].count(name) + 1) == 1 else f'{name}#{n}' for i, name in enumerate(names)]
     return {key: activations[name] for key, name in zip(keys, names)}
+
+@patch
+def own(self:Part, given):
+    "What takes the place of `given` where this part has layers of its own"
+    found = {}
+    for fm, names, name in ('fm_s', self.students, 'pred'), ('fm_t', self.teachers, 'teacher_pred'):
+        layer, activations = getattr(self, name), given.get(fm)
+        if name in self.wants and layer is not None: found[name] = (activations or {}).get(layer)
+        if fm in self.wants and names is not None and activations is not None: found[fm] = pick(activations, names)
+    return found
 
 # %% ../../nbs/10_losses.core.ipynb #9df0a1ad
 class Sum(nn.Module):
@@ -598,29 +612,44 @@ class Sum(nn.Module):
     def __repr__(self): return ' + '.join(map(repr, self.parts))
 
     def on(self,
-        students, # Student layer, or list of them
-        teachers, # Teacher layers, as many
+        students=None, # Student layer, or list of them
+        teachers=None, # Teacher layers, as many
+        pred:str=None, # Student layer whose output is the prediction to compare, such as an auxiliary classifier
+        teacher_pred:str=None, # Teacher layer whose output it is compared with; `'1'` is the second teacher of an ensemble
     ):
         "Give layers to the parts that have none of their own"
-        students, teachers = listify(students), listify(teachers)
-        for name in (*students, *teachers):
+        students, teachers, predictions = listify(students), listify(teachers), dict(pred=pred, teacher_pred=teacher_pred)
+        predictions = {name: layer for name, layer in predictions.items() if layer is not None}
+        for name in (*students, *teachers, *predictions.values()):
             if not isinstance(name, str): raise TypeError(f'layers go by their names, as in get_model_layers(model), not {name!r}')
-        fill = lambda part: part.wants_layers and part.students is None
-        if not any(part.wants_layers for part in self.parts):
-            raise ValueError(f'{self} compares predictions, and layers are named for it: leave out activations_student and _teacher')
-        if not any(map(fill, self.parts)): raise ValueError(f'all parts of {self} that compare activations have layers of their own')
-        for part in filter(fill, self.parts): part.check_layers(students, teachers)
-        return Sum([replace(part, students=students, teachers=teachers) if fill(part) else part for part in self.parts])
+        chosen = self._with_layers(students, teachers) if students or teachers or not predictions else self
+        for name, layer in predictions.items(): chosen = chosen._with_prediction(name, layer)
+        return chosen
+
+# %% ../../nbs/10_losses.core.ipynb #6ae1c337
+@patch
+def _with_layers(self:Sum, students, teachers):
+    "Layers for the parts that compare activations and have none"
+    fill = lambda part: part.wants_layers and part.students is None
+    if not any(part.wants_layers for part in self.parts):
+        raise ValueError(f'{self} compares predictions, and layers are named for it: leave out activations_student and _teacher')
+    if not any(map(fill, self.parts)): raise ValueError(f'all parts of {self} that compare activations have layers of their own')
+    for part in filter(fill, self.parts): part.check_layers(students, teachers)
+    return Sum([replace(part, students=students, teachers=teachers) if fill(part) else part for part in self.parts])
+
+@patch
+def _with_prediction(self:Sum, name, layer):
+    "A layer that predicts, for the parts that ask for `name` and have none"
+    fill = lambda part: name in part.wants and getattr(part, name) is None
+    if not any(map(fill, self.parts)): raise ValueError(f"no part of {self} asks for a {name} and has none of its own: '{layer}' is not used")
+    return Sum([replace(part, **{name: layer}) if fill(part) else part for part in self.parts])
 
 # %% ../../nbs/10_losses.core.ipynb #6c9bba31
 def _select(part, given):
     "What `part` asks for among `given`, with the layers of its own"
-    chosen = {name: value for name, value in given.items() if name in part.wants and value is not None}
+    chosen = {name: value for name, value in (given | part.own(given)).items() if name in part.wants and value is not None}
     if missing := [name for name, required in part.wants.items() if required and name not in chosen]:
         raise ValueError(f"{part} needs {', '.join(f'{name} ({INPUTS[name]})' for name in missing)}")
-    if part.students is not None:
-        for key, names in ('fm_s', part.students), ('fm_t', part.teachers):
-            if key in chosen: chosen[key] = pick(chosen[key], names)
     return chosen
 
 @patch
@@ -649,8 +678,7 @@ def build(self:Sum, probe):
     "Build and check all parts"
     for i, part in enumerate(self.parts):
         if not isinstance(part.loss, Loss): continue
-        own = probe if part.students is None else replace(probe, fm_s=pick(probe.fm_s, part.students), fm_t=pick(probe.fm_t, part.teachers))
-        part.loss.build(own, stream=i)
+        part.loss.build(replace(probe, **part.own(vars(probe))), stream=i)
     return self
 
 @patch
@@ -659,7 +687,7 @@ def without_learned(self:Sum):
     return Sum([replace(part, loss=part.loss.without_learned()) if isinstance(part.loss, Loss) else part for part in self.parts])
 
 for _op in ('__add__', '__radd__', '__mul__', '__rmul__', 'on'):
-    setattr(Loss, _op, lambda self, *args, _op=_op: getattr(Sum([Part(self)]), _op)(*args))
+    setattr(Loss, _op, lambda self, *args, _op=_op, **kwargs: getattr(Sum([Part(self)]), _op)(*args, **kwargs))
 
 # %% ../../nbs/10_losses.core.ipynb #138d53b2
 def as_sum(
