@@ -23,6 +23,7 @@ from fastprogress.fastprogress import progress_bar
 from torch import Tensor, nn
 from .learners import from_learner
 from .losses.core import _tensors
+from .modules import unwrap_model
 from .teachers import Frozen, Teacher
 
 # %% ../nbs/23_cache.ipynb #23c00006
@@ -217,14 +218,14 @@ def character(
         raise ValueError(f'{teacher}: there is no telling in another run that it is the same. Functions such as `logits` have to be '
             'defined at the top level of a module, and a class of your own needs `settings` and `modules`')
     digest = hashlib.blake2b(settings or str(id(teacher)).encode())
-    for model in teacher.modules():
+    for model in map(unwrap_model, teacher.modules()):
         digest.update(repr(model).encode())
         others = [(name, _described(o)) for name, o in model.state_dict().items() if not isinstance(o, Tensor)] # as quantized layers have
         digest.update(repr([(_attributes(module, on_disk), _described(_code_of(module))) for module in model.modules()] + others).encode())
     return digest.digest()
 
 # %% ../nbs/23_cache.ipynb #23c000b3
-def _weights(teacher): return [named for model in teacher.modules() for named in (*model.named_parameters(), *model.named_buffers())]
+def _weights(teacher): return [named for model in map(unwrap_model, teacher.modules()) for named in (*model.named_parameters(), *model.named_buffers())]
 
 def identity(
     teacher:Teacher, # Whose answers are kept

@@ -114,7 +114,8 @@ def _as_teacher(self:KnowledgeDistillationCallback):
     if isinstance(teacher, Learner): teacher = from_learner(teacher, self.learn, *settings, axis=self._axis())
     elif isinstance(teacher, nn.Module): teacher = Frozen(teacher, *settings)
     elif settings != (logits, None, None):
-        raise ValueError(f'{teacher} has settings of its own: give it logits, teacher_input and teacher_dtype')
+        raise ValueError(f'{teacher} has settings of its own: give them to the model within, as in '
+            'CachedTeacher(Frozen(model, logits=…, inputs=…, dtype=…))')
     elif 'index' in teacher.wants and not _numbered(self.learn.dls.train):
         raise ValueError(f'{teacher} needs the positions of samples in the dataset, which these loaders do not supply')
     else: teacher = teacher.for_student(self.learn, self._axis())
@@ -227,8 +228,7 @@ def before_fit(self:KnowledgeDistillationCallback):
         blamed=None, before=None, suffix=self._suffix())
     if hasattr(self.learn, 'lr_finder'): self._fit.before = self.state_dict()
     if self.span and self._epochs_done >= self.span: self._epochs_done = 0
-    models = self.learn.model, *(o for o in vars(teacher).values() if isinstance(o, nn.Module))
-    if any(map(_is_compiled, models)): torch._dynamo.reset() # what was traced before would not call our hooks
+    if any(map(_is_compiled, [self.learn.model, *teacher.modules()])): torch._dynamo.reset() # what was traced before would not call our hooks
     self._add_columns()
 
 # %% ../nbs/30_callback.ipynb #02d6857b
@@ -577,7 +577,7 @@ def _advise(self:KnowledgeDistillationCallback, task, parts, given):
     said = dict(chance=teacher_at_chance(given['teacher_pred'], given['target'], self._mask(), self._fit.axis))
     said |= classes_that_coexist(given['target'], given['teacher_pred'], self.loss, self._fit.axis)
     said |= {side: predicts_probabilities(given[name], side, self._fit.axis) for side, name in _SIDES.items()}
-    said['twice'] = self._stands_twice()
+    said |= dict(twice=self._stands_twice(), mixed=self._answers_unmixed())
     factors = dict(self._fit.peaks)
     weight = factors.pop('weight')
     if weight > 0 and not _is_compiled(self.learn.model): # a compiled graph can be walked only once
@@ -593,6 +593,7 @@ def _advise(self:KnowledgeDistillationCallback, task, parts, given):
 
 _SIDES = dict(student='pred', teacher='teacher_pred')
 
+# %% ../nbs/30_callback.ipynb #777edfcd
 @patch
 def _stands_twice(self:KnowledgeDistillationCallback):
     "What to say where the same distillation is in this fit twice, as when a cell with `add_cb` runs again"
@@ -600,6 +601,14 @@ def _stands_twice(self:KnowledgeDistillationCallback):
     alike = self.learn.cbs.filter(same)
     if len(alike) < 2 or alike[0] is not self: return None
     return f'{self} is in this fit {len(alike)} times, and counts as often: learn.remove_cb(KnowledgeDistillationCallback) takes them away'
+
+@patch
+def _answers_unmixed(self:KnowledgeDistillationCallback):
+    "What to say of stored answers to samples that are mixed with others"
+    mixing = next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler)), None)
+    if mixing is None or 'index' not in self._fit.teacher.wants: return None
+    return (f"{self._fit.teacher} goes by the position of a sample and answers as if it were not mixed, and {mixing.name} mixes it with "
+        'another: a teacher that runs sees the mixture')
 
 @patch
 def _warn_once(self:KnowledgeDistillationCallback, key, message):

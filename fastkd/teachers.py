@@ -124,8 +124,8 @@ def reset(self:Frozen):
 # %% ../nbs/20_teachers.ipynb #81b6fe95
 @patch
 def modules(self:Frozen):
-    "The models that this teacher runs, without wrappers"
-    return [unwrap_model(self.module)]
+    "The models that this teacher runs, as they were given"
+    return [self.module]
 
 @patch
 def teacher_module(self:Frozen,

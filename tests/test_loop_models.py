@@ -285,6 +285,13 @@ def test_compiled_teacher(traced, fresh_compiler):
     assert furthest(weights(found.model), weights(expected.model)) < 1e-5
     assert found.recorder.distillation['fit_net_loss'][-1] > 0 and n_hooks(teacher) == 0
 
+def test_compiled_teacher_within_another(fresh_compiler):
+    "It is heard behind an ensemble's memory, too."
+    teacher = torch.compile(seeded(plain, 32), backend='eager')
+    with torch.no_grad(): teacher.eval()(torch.stack([x for x, _ in digits()[:25]]))
+    found, expected = [fitted(learner(), of_plain(CachedTeacher(Ensemble([o])), 'head.1', '0.1')) for o in (teacher, seeded(plain, 32))]
+    assert furthest(weights(found.model), weights(expected.model)) < 1e-5
+
 @shows('Learner(dls, nn.DataParallel(student), cbs=kd).fit(5)')
 def test_data_parallel():
     "On one device the wrapper changes nothing, and layers keep the names that they have without it."

@@ -175,7 +175,15 @@ def test_layers():
     text = said(answers(), loss=SoftTarget() + FitNet().on('block2', 'block2'))
     assert "has predictions and no activations, and layer 'block2' was asked for" in text
 
-def test_settings_of_a_model(): assert 'has settings of its own' in said(answers(), teacher_dtype=torch.bfloat16)
+def test_settings_of_a_model():
+    text = said(answers(), teacher_dtype=torch.bfloat16)
+    assert 'has settings of its own' in text and 'CachedTeacher(Frozen(model, logits=…, inputs=…, dtype=…))' in text
+
+@pytest.mark.parametrize('mixing,n', [((), 0), ([MixUp()], 1)], ids=['plain', 'mixed'])
+def test_mixed_samples(mixing, n, recwarn):
+    "Stored answers are those to the samples before they were mixed: said once"
+    learner().fit(2, cbs=[KD(StoredTeacher(answers())), *mixing])
+    assert len([o for o in recwarn if 'mix_up mixes it with another: a teacher that runs' in str(o.message)]) == n
 
 def test_loaders_without_numbers():
     "Those of PyTorch shuffle in secret, and a stream has no positions"

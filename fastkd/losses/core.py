@@ -12,7 +12,7 @@ __all__ = ['INPUTS', 'LARGE', 'CHUNK', 'wanted_inputs', 'loss_name', 'Loss', 'Pr
 # %% ../../nbs/10_losses.core.ipynb #bab39613
 import copy, inspect, math
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from itertools import chain, count
@@ -98,7 +98,9 @@ class Loss(nn.Module):
     def __call__(self, *args, **kwargs):
         most = LARGE if hasattr(type(self).forward, 'casts_chunks') else math.inf
         args, kwargs = _full_precision(args, most), _full_precision(kwargs, most)
-        with torch.autocast(_device_type([*args, *kwargs.values()]), enabled=False): return super().__call__(*args, **kwargs)
+        device = _device_type([*args, *kwargs.values()])
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            return super().__call__(*args, **kwargs)
 
     def __repr__(self):
         "Settings that are numbers, and those that are not the default"
@@ -271,10 +273,14 @@ def mean_by_chunks(
     **kwargs, # Passed on
 ) -> Tensor: # A scalar
     "A mean over rows; large logits are compared chunk by chunk, which takes the memory of their gradient and little more"
-    fixed = all(not o.requires_grad for o in (*values[1:], *loss.parameters())) or not torch.is_grad_enabled()
-    if values[0].numel() <= LARGE or not loss.rows_alone or not fixed: return loss.counted(mask, *_full_precision(values), **kwargs)
+    if values[0].numel() <= LARGE or not loss.rows_alone or _learns_beside(loss, values[1:]):
+        return loss.counted(mask, *_full_precision(values), **kwargs)
     counted = partial(copy.copy(loss).counted, **kwargs) # a schedule may have moved on when gradients are computed
     return _MeanByChunks.apply(counted, mask, *values)
+
+def _learns_beside(loss, others):
+    "Whether more than the first values must have a gradient"
+    return torch.is_grad_enabled() and any(o.requires_grad for o in (*others, *loss.parameters()))
 
 # %% ../../nbs/10_losses.core.ipynb #9fc6673e
 class ResponseLoss(Loss):
@@ -289,7 +295,7 @@ class ResponseLoss(Loss):
         axis:int=1, # Dimension that holds the classes
     ) -> Tensor: # A scalar
         rows = self.both_rows(pred, teacher_pred, axis)
-        return mean_by_chunks(self, fit_mask(mask, row_shape(pred, axis)), *rows)
+        return mean_by_chunks(self, None if mask is None else fit_mask(mask, row_shape(pred, axis)), *rows)
 
     def counted(self, mask, student, teacher):
         filler = sure if self.rows_alone else torch.zeros_like

@@ -10,6 +10,7 @@ __all__ = ['TokenLoss', 'mapped_layers', 'check_layer_map', 'MappedLoss', 'Embed
 import math, torch, torch.nn.functional as F
 from fastcore.basics import store_attr
 from .core import AdaptedLoss, PairLoss, counted_mean, fit_mask
+from .response import finite
 from torch import Tensor, nn
 
 # %% ../../nbs/14_losses.sequence.ipynb #3f372617
@@ -132,8 +133,8 @@ class AttentionMaps(MappedLoss):
         if n_s != n_t: raise ValueError(f'{n_s} keys of the student, {n_t} of the teacher')
         average = student.shape[1] != teacher.shape[1]
         if self.input == 'scores':
-            log_s, log_t = self.log_maps(student, average), self.log_maps(teacher, average)
-            return torch.where(log_t > -math.inf, log_t.exp()*(log_t - log_s), 0.).sum()/log_t[..., 0].numel()
+            log_s, log_t = (finite(self.log_maps(o, average)) for o in (student, teacher)) # both may have masked the same keys
+            return F.kl_div(log_s, log_t, reduction='sum', log_target=True)/log_t[..., 0].numel()
         ratio = self.log_maps(teacher, average).sub_(self.log_maps(student, average))
         return ((teacher.mean(1, keepdim=True) if average else teacher)*ratio).sum()/ratio[..., 0].numel()
 
