@@ -409,11 +409,11 @@ def check_peak_bytes():
     found = peak_bytes(run)
     assert 2**21 <= found < 2**21 + 1000, f'{found} bytes instead of {2**21}'
 
-def be_steady():
+def be_steady(keeps_memory=True):
     "What every benchmark of time and memory begins with"
     torch.set_num_threads(1)
     os.environ['KINETO_LOG_LEVEL'] = '99' # the profiler has much to say
-    keep_memory()
+    if keeps_memory: keep_memory()
     check_peak_bytes()
 
 def call_cost(name, make, repeats=2000):
