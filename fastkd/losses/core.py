@@ -114,20 +114,25 @@ class Loss(nn.Module):
 def _tensors(inputs):
     "All tensors in nested tuples, lists and dicts"
     if isinstance(inputs, Tensor): yield inputs
-    elif isinstance(inputs, (tuple, list, Mapping)):
-        for item in (inputs.values() if isinstance(inputs, Mapping) else inputs): yield from _tensors(item)
+    elif isinstance(inputs, (tuple, list)):
+        for item in inputs: yield from _tensors(item)
+    elif isinstance(inputs, (dict, Mapping)):
+        for item in inputs.values(): yield from _tensors(item)
 
 def _device_type(inputs): return next((tensor.device.type for tensor in _tensors(inputs)), 'cpu')
 
 def _full_precision(inputs, most=math.inf):
     "Plain tensors, and those of half precision and at most `most` elements as float32, wherever they stand"
     if isinstance(inputs, Tensor):
-        full = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) and inputs.numel() <= most else inputs
+        full = inputs.float() if inputs.dtype in _HALF and inputs.numel() <= most else inputs
         return full if type(full) is Tensor else full.as_subclass(Tensor)
-    if isinstance(inputs, Mapping): return {key: _full_precision(item, most) for key, item in inputs.items()}
-    items = (_full_precision(item, most) for item in inputs) if isinstance(inputs, (tuple, list)) else ()
-    if isinstance(inputs, tuple) and hasattr(inputs, '_fields'): return type(inputs)(*items)
-    return type(inputs)(items) if isinstance(inputs, (tuple, list)) else inputs
+    if isinstance(inputs, (tuple, list)):
+        items = [_full_precision(item, most) for item in inputs]
+        return type(inputs)(*items) if hasattr(inputs, '_fields') else type(inputs)(items)
+    if isinstance(inputs, (dict, Mapping)): return {key: _full_precision(item, most) for key, item in inputs.items()}
+    return inputs
+
+_HALF = torch.float16, torch.bfloat16
 
 # %% ../../nbs/10_losses.core.ipynb #15c863ba
 @dataclass
@@ -388,7 +393,7 @@ def as_list(
 ) -> list: # The tensors in order
     "Activations without their names"
     if isinstance(activations, Tensor): return [activations]
-    return list(activations.values() if isinstance(activations, Mapping) else activations)
+    return list(activations.values() if isinstance(activations, (dict, Mapping)) else activations)
 
 class PairLoss(Loss):
     "Base of losses on activations: implement `pair(student, teacher) -> scalar`; values of pairs are added"
