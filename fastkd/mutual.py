@@ -152,22 +152,22 @@ def _inside(names, i): return None if names is None else [f'students.{i}.{name}'
 def _share_out(self:MutualLearning, n):
     "Loss and schedules for `n` peers"
     if len(self.loss.parts) == n*len(self.peer_loss.parts): return # as in the last fit, with what it learned
-    self.loss, self.schedules = Sum(chain(*zip(*(self._parts_of(i, n) for i in range(n))))), {}
-    for key, curve in self.peer_schedules.items():
-        if key == 'weight': self.schedules[key] = curve
-        else: self.schedules |= self._for_each(key, curve, n)
+    loss, schedules = Sum(chain(*zip(*(self._parts_of(i, n) for i in range(n))))), {}
+    for key, curve in self.peer_schedules.items(): schedules |= self._for_each(key, curve, loss, n)
+    vars(self).update(loss=loss, schedules=schedules) # fastai warns of a `loss` that is set while the learner has one
 
 @patch
-def _for_each(self:MutualLearning, key, curve, n):
-    "A schedule for each peer's part of the loss"
+def _for_each(self:MutualLearning, key, curve, loss, n):
+    "A schedule for each peer's part of `loss`"
+    if key == 'weight': return {key: curve}
     part, name = self.peer_loss.find_setting(key)
     first = n*self.peer_loss.parts.index(part)
     if name == 'factor': curve = partial(_scaled, curve, 1/n)
-    return {f'{part.name}.{name}': curve for part in self.loss.parts[first:first + n]}
+    return {f'{part.name}.{name}': curve for part in loss.parts[first:first + n]}
 
+# %% ../nbs/31_mutual.ipynb #31000015
 def _scaled(curve, by, pct): return by*curve(pct)
 
-# %% ../nbs/31_mutual.ipynb #31000014
 @patch
 def _check_settings(self:MutualLearning):
     "The model is made of peers who differ, and of no other mutual learning"
@@ -186,7 +186,7 @@ def _check_settings(self:MutualLearning):
 
 def _equal(a, b): return a.keys() == b.keys() and all(a[name].shape == b[name].shape and torch.equal(a[name], b[name]) for name in a)
 
-# %% ../nbs/31_mutual.ipynb #31000016
+# %% ../nbs/31_mutual.ipynb #31000017
 @patch
 def _look(self:MutualLearning):
     "Look at one sample, as with any teacher"
@@ -197,7 +197,7 @@ def _look(self:MutualLearning):
     raise ValueError(f"the task loss finds the classes of {tuple(peers.peer_preds[0].shape)} in dimension {axis}, and the peers' mean is taken "
         f'over dimension {peers.axis}: Peers(…, axis={axis})')
 
-# %% ../nbs/31_mutual.ipynb #31000018
+# %% ../nbs/31_mutual.ipynb #31000019
 @patch
 def after_pred(self:MutualLearning):
     "Have the next call of the task loss ask all peers"
@@ -217,7 +217,7 @@ def _put_back(self:MutualLearning):
     if self.learn is not None and self.learn.loss_func == self._task_loss: self.learn.loss_func = self._loss_func
     self._loss_func = None
 
-# %% ../nbs/31_mutual.ipynb #3100001a
+# %% ../nbs/31_mutual.ipynb #3100001b
 @patch
 def before_backward(self:MutualLearning):
     "Each peer gets the whole gradient of its own loss"
@@ -236,10 +236,10 @@ def cleanup(self:MutualLearning):
     self._put_back()
     super(MutualLearning, self).cleanup()
 
-# %% ../nbs/31_mutual.ipynb #3100001b
+# %% ../nbs/31_mutual.ipynb #3100001c
 for _event in ('after_cancel_train', 'after_cancel_epoch'): setattr(MutualLearning, _event, MutualLearning.after_batch)
 
-# %% ../nbs/31_mutual.ipynb #3100001d
+# %% ../nbs/31_mutual.ipynb #3100001e
 class _OfPeer(AvgMetric):
     "What `judge(pred, *yb)` says of one peer"
     def __init__(self, cb, title, judge, place):
@@ -252,7 +252,8 @@ class _OfPeer(AvgMetric):
 @patch
 def _add_columns(self:MutualLearning):
     "Each peer's task loss and metrics, then those of any distillation"
-    judges = {'loss' if self.learn.recorder.train_metrics else 'valid_loss': self._judge}
+    of_training = getattr(getattr(self.learn, 'recorder', None), 'train_metrics', False) # then fastai says of which part a value is
+    judges = {'loss' if of_training else 'valid_loss': self._judge}
     judges |= {metric.name: metric.func for metric in self.learn.metrics if isinstance(metric, AvgMetric)}
     places = range(len(unwrap_model(self.learn.model).students))
     self.learn.metrics = self.learn.metrics + [_OfPeer(self, title, judge, i) for title, judge in judges.items() for i in places]
@@ -261,7 +262,7 @@ def _add_columns(self:MutualLearning):
 @patch
 def _judge(self:MutualLearning, pred, *yb): return self.learn.loss_func(pred, *yb)
 
-# %% ../nbs/31_mutual.ipynb #3100001f
+# %% ../nbs/31_mutual.ipynb #31000020
 @patch
 def validate_peers(self:Learner,
     ds_idx:int=1, # Which of the learner's `DataLoaders`; the validation set by default
@@ -294,7 +295,7 @@ def _best(losses):
     if places: return min(places, key=losses.__getitem__)
     raise ValueError(f'nothing to choose by: the task losses on these samples are {losses}. Say which peer, `learn.keep_peer(0)`')
 
-# %% ../nbs/31_mutual.ipynb #31000021
+# %% ../nbs/31_mutual.ipynb #31000022
 def split_peers(
     splitter, # `splitter(model)` returns the parameter groups of one student
 ): # A splitter for `Peers`
