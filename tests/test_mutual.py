@@ -14,8 +14,8 @@ from fastkd.callback import KnowledgeDistillationCallback as KD
 from fastkd.losses.feature import FitNet
 from fastkd.losses.response import Logits, SoftTarget
 from fastkd.mutual import MutualLearning, Peers, split_peers
-from helpers import (At, OnCPU, convnet, digits, error_of, fitted, furthest, learner, loaders, n_hooks, named_learner, quiet, raising, same, seeded,
-    slow, started, weights)
+from helpers import (At, OnCPU, convnet, digits, error_of, fitted, furthest, learner, loaders, n_hooks, named_learner, quiet, raising, same,
+    seeded, slow, started, weights)
 from torch import nn
 
 def several(*widths, p=0.): return [seeded(convnet, width, p, seed=i) for i, width in enumerate(widths)]
@@ -337,7 +337,7 @@ def halves(model): return [[*model.block1.parameters()], [*model.block2.paramete
 def test_keep_by_hand_and_by_other_data():
     learn = peers(4, 6)
     assert learn.keep_peer(1) == 1 and learn.model.block1[0].out_channels == 6
-    with pytest.raises(TypeError, match='the model is a Sequential, not Peers'): learn.keep_peer()
+    with pytest.raises(TypeError, match='several students, and the model is a Sequential'): learn.keep_peer()
     learn = peers(4, 6)
     dl = learn.dls.test_dl([digits()[i] for i in range(500, 540)])
     losses = [values[0] for values in learn.validate_peers(dl=dl)]
@@ -421,18 +421,20 @@ def test_recurrent_peers_are_reset():
 
 # ---- What is refused, before the first step
 
+def two(): return Peers(several(4, 6))
+
 @pytest.mark.parametrize('model,cb,exc,said', [
-    (lambda: convnet(4), lambda: MutualLearning(SoftTarget()), TypeError, 'several students, and the model is a Sequential'),
+    (lambda: convnet(4), lambda: MutualLearning(SoftTarget()), TypeError, 'several students, and the model is a Sequential: Learner'),
     (lambda: Peers([convnet(4), convnet(4, n_out=7)]), lambda: MutualLearning(SoftTarget()), ValueError, 'predict the same classes'),
-    (lambda: Peers(several(4, 6)), lambda: MutualLearning(FitNet()), ValueError, r"MutualLearning\(FitNet\(\), activations=\['…'\]\)"),
-    (lambda: Peers(several(4, 6)), lambda: MutualLearning(SoftTarget(), 'block2'), ValueError, 'compares predictions'),
-    (lambda: Peers(several(4, 6)), lambda: MutualLearning(FitNet(), 'blokc2'), ValueError, r"no layer 'students.0.blokc2'; nearest: .*block2"),
-    (lambda: Peers(several(4, 6)), lambda: MutualLearning(FitNet(), [['block2']]*3), ValueError, 'layers of 3 peers, and there are 2'),
-    (lambda: Peers(several(4, 6)), lambda: MutualLearning(FitNet(), [['block1', 'block2'], ['block2']]), ValueError, 'do not pair'),
-    (lambda: Peers(several(4, 6)), lambda: MutualLearning(SoftTarget().on(teacher_pred='1')), ValueError, 'leave out teacher_pred'),
-    (lambda: Peers(several(4, 6)), lambda: MutualLearning(SoftTarget(), weight=2.), ValueError, 'task_weight=1'),
-    (lambda: Peers(several(4, 6)), lambda: MutualLearning(SoftTarget(), schedule={'tau': SchedLin(1, 2)}), ValueError, "nothing is called 'tau'"),
-    (lambda: Peers(several(4, 6), axis=None), lambda: MutualLearning(SoftTarget(), schedule={'T': SchedLin(1, -2)}), ValueError, 'T must be'),
+    (two, lambda: MutualLearning(FitNet()), ValueError, r"MutualLearning\(FitNet\(\), activations=\['…'\]\)"),
+    (two, lambda: MutualLearning(SoftTarget(), 'block2'), ValueError, 'compares predictions'),
+    (two, lambda: MutualLearning(FitNet(), 'blokc2'), ValueError, "no layer 'students.0.blokc2'; nearest: .*block2"),
+    (two, lambda: MutualLearning(FitNet(), [['block2']]*3), ValueError, 'layers of 3 peers, and there are 2'),
+    (two, lambda: MutualLearning(FitNet(), [['block1', 'block2'], ['block2']]), ValueError, 'do not pair'),
+    (two, lambda: MutualLearning(SoftTarget().on(teacher_pred='1')), ValueError, 'leave out teacher_pred'),
+    (two, lambda: MutualLearning(SoftTarget(), weight=2.), ValueError, 'task_weight=1'),
+    (two, lambda: MutualLearning(SoftTarget(), schedule={'tau': SchedLin(1, 2)}), ValueError, "nothing is called 'tau'"),
+    (two, lambda: MutualLearning(SoftTarget(), schedule={'T': SchedLin(1, -2)}), ValueError, 'T must be'),
 ], ids=['no peers', 'classes', 'no layers', 'layers for predictions', 'no such layer', 'three lists', 'unpaired', 'teacher_pred', 'weight',
     'schedule', 'range'])
 def test_refused(model, cb, exc, said):
