@@ -14,8 +14,8 @@ from fastkd.callback import KnowledgeDistillationCallback as KD
 from fastkd.losses.feature import FitNet
 from fastkd.losses.response import Logits, SoftTarget
 from fastkd.mutual import MutualLearning, Peers, split_peers
-from helpers import (At, OnCPU, convnet, digits, error_of, fitted, furthest, learner, loaders, n_hooks, named_learner, quiet, raising, same,
-    seeded, slow, started, weights)
+from helpers import (At, OnCPU, as_on_a_gpu, convnet, digits, error_of, fitted, furthest, learner, loaders, n_hooks, named_learner, quiet,
+    raising, same, seeded, slow, started, weights, without_waiting)
 from torch import nn
 
 def several(*widths, p=0.): return [seeded(convnet, width, p, seed=i) for i, width in enumerate(widths)]
@@ -265,6 +265,23 @@ def test_without_mutual_learning():
     found, model = first_step(learn), Peers(several(4, 6))
     F.cross_entropy(model(*found['xb']), found['yb'][0]).backward()
     assert furthest(found['grads'], grads(model)) < 1e-7
+
+def test_no_waiting(monkeypatch):
+    "On a GPU, the host never waits for what is in a tensor"
+    as_on_a_gpu(monkeypatch)
+    learn = without_waiting(peers(4, 6))
+    learn.fit(1, cbs=MutualLearning(SoftTarget(T=1) + FitNet(), 'block2'))
+    assert len(learn.watched) == 4
+
+def test_learners_own_callback_after_a_peer_was_kept():
+    learn = quick(cbs=MutualLearning(SoftTarget(T=1)))
+    learn.fit(1)
+    learn.keep_peer()
+    learn.validate()
+    with pytest.raises(TypeError, match=r'mutual learning is over: learn.remove_cb\(MutualLearning\)'): learn.fit(1)
+    learn.remove_cb(MutualLearning)
+    learn.fit(1)
+    assert not isinstance(learn.model, Peers)
 
 def test_lr_find():
     learn = peers(4, 6)
