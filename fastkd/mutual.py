@@ -289,8 +289,8 @@ def keep_peer(self:Learner,
 def _peers_of(learn):
     "The learner's peers"
     if isinstance(peers := unwrap_model(learn.model), Peers): return peers
-    raise TypeError(f'this takes several students, and the model is a {type(peers).__name__}: Learner(dls, Peers([first, second]), …). Where a '
-        'peer was kept, mutual learning is over: learn.remove_cb(MutualLearning)')
+    raise TypeError(f'this takes several students, and the model is a {type(peers).__name__}: Learner(dls, Peers([first, second]), …). '
+        'Where a peer was kept, mutual learning is over: learn.remove_cb(MutualLearning)')
 
 # %% ../nbs/31_mutual.ipynb #31000022
 def _best(losses):
