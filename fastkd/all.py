@@ -12,6 +12,7 @@ from fastkd.losses.sequence import *
 from fastkd.losses.translators import *
 from fastkd.losses.zoo import *
 from fastkd.modules import *
+from fastkd.mutual import *
 from fastkd.schedules import *
 from fastkd.stored import StoredTeacher
 from fastkd.teachers import *
