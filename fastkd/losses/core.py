@@ -652,7 +652,8 @@ def _with_layers(self:Sum, students, teachers):
 def _with_prediction(self:Sum, name, layer):
     "A layer that predicts, for the parts that ask for `name` and have none"
     fill = lambda part: name in part.wants and getattr(part, name) is None
-    if not any(map(fill, self.parts)): raise ValueError(f"no part of {self} asks for a {name} and has none of its own: '{layer}' is not used")
+    if not any(map(fill, self.parts)):
+        raise ValueError(f"no part of {self} asks for a {name} and has none of its own: '{layer}' is not used")
     return Sum([replace(part, **{name: layer}) if fill(part) else part for part in self.parts])
 
 # %% ../../nbs/10_losses.core.ipynb #6c9bba31
