@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch, torch.nn.functional as F
 from fastcore.basics import patch, store_attr
 from torch import Tensor, nn
-from .core import LabelledResponseLoss, as_list, channels_first
+from .core import LabelledResponseLoss, _full_precision, as_list, channels_first
 from .response import kl_rows
 
 # %% ../../nbs/18_losses.supervision.ipynb #18b00006
@@ -82,4 +82,5 @@ def matched(self:DeepSupervision, n_s, n_t):
 
 @patch
 def check(self:DeepSupervision, probe):
-    for pred in self.predictions(probe.fm_s): LabelledResponseLoss.check(self, replace(probe, pred=pred))
+    with torch.no_grad(): preds = self.predictions(_full_precision(probe.fm_s))
+    for pred in preds: LabelledResponseLoss.check(self, replace(probe, pred=pred))
