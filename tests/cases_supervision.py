@@ -30,7 +30,7 @@ def more(given, n_classes=4, kind='classes'):
     "The teacher's prediction and labels for what is in `fm_s`"
     first = next(iter(given['fm_s'].values()))
     n, y = len(first), labels(n_classes, (len(first),))
-    if kind == 'mixed': y = Mixed(y, labels(n_classes, (n,), 3), torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(4)))
+    if kind == 'mixed': y = Mixed(y, labels(n_classes, (n,), 3), draw((n,), 4).sigmoid())
     if kind == 'one-hot': y = torch.nn.functional.one_hot(y, n_classes)
     return dict(teacher_pred=draw((n, n_classes), 7, first.dtype), target=y)
 

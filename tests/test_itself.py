@@ -8,8 +8,8 @@ from fastkd.all import *
 from fastkd.demo import TensorLoader
 from fastkd.itself import _twice
 from functools import partial
-from helpers import (At, ByHand, OnCPU, convnet, digits, error_of, fitted, furthest, learner, loaders, n_hooks, named_learner, quiet, raising,
-    same, seeded, slow, soft_target, trained_teacher, weights)
+from helpers import (At, ByHand, OnCPU, convnet, digits, error_of, fitted, furthest, learner, loaders, n_hooks, named_learner, quiet,
+    raising, same, seeded, slow, soft_target, trained_teacher, weights)
 from learning import learned
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -328,7 +328,8 @@ def test_no_pairs():
         with pytest.raises(ValueError, match='two_views'): fitted(learn, KD(OtherView(), SoftTarget()))
         assert same(dict(learn.model.named_parameters()), dict(seeded(convnet, 4).named_parameters()))
     with pytest.raises(ValueError, match='25 is not even'): two_views(learner(bs=25).dls)
-    for train in torch.utils.data.DataLoader(digits()[:20], 10), DataLoader(iter(digits()[:20]), bs=10), plain_loader(20, 10, get_idxs=lambda: [1]):
+    others = torch.utils.data.DataLoader(digits()[:20], 10), DataLoader(iter(digits()[:20]), bs=10), plain_loader(20, 10, get_idxs=list)
+    for train in others:
         with pytest.raises(TypeError, match='by its positions'): two_views(DataLoaders(train, train))
 
 def test_a_sample_that_is_skipped():
