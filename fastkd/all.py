@@ -3,12 +3,14 @@ from fastkd.cache import CachedTeacher
 from fastkd.callback import *
 from fastkd.checkpoints import *
 from fastkd.ensemble import Ensemble
+from fastkd.itself import *
 from fastkd.losses.core import *
 from fastkd.losses.dense import *
 from fastkd.losses.feature import *
 from fastkd.losses.relation import *
 from fastkd.losses.response import *
 from fastkd.losses.sequence import *
+from fastkd.losses.supervision import *
 from fastkd.losses.translators import *
 from fastkd.losses.zoo import *
 from fastkd.modules import *

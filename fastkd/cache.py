@@ -249,6 +249,7 @@ class CachedTeacher(Teacher):
     ):
         if not isinstance(teacher, (nn.Module, Learner, Teacher)):
             raise TypeError(f'a cache stands in front of a module, a Learner or a Teacher, not {type(teacher).__name__}')
+        if getattr(teacher, 'learns', False): raise TypeError(f'{teacher} learns, and no answer holds for long: leave out the cache')
         if getattr(teacher, 'wants', ()): raise TypeError(f'{teacher} goes by position and not by content: it needs no cache')
         self.source, self.path, self.memory = teacher, path and Path(path), Memory(max_bytes)
         self.teacher = Frozen(teacher) if isinstance(teacher, nn.Module) else None if isinstance(teacher, Learner) else teacher

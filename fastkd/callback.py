@@ -224,8 +224,8 @@ def before_fit(self:KnowledgeDistillationCallback):
     wants_pred = any('teacher_pred' in part.wants and part.teacher_pred is None for part in parts) or bool(self.teacher_metrics)
     self._meet(unwrap_model(self.learn.model))
     self._fit = SimpleNamespace(teacher=teacher, students=students, teachers=teachers, wants=wants, wants_pred=wants_pred,
-        peaks=self._peaks(), captures=None, activations={}, ready=False, advised=False, n_batches=0, sums={}, first=None, problem=None,
-        blamed=None, before=None, suffix=self._suffix())
+        peaks=self._peaks(), captures=None, activations={}, ready=False, skipped=False, advised=False, n_batches=0, sums={}, first=None,
+        problem=None, blamed=None, before=None, suffix=self._suffix())
     if hasattr(self.learn, 'lr_finder'): self._fit.before = self.state_dict()
     if self.span and self._epochs_done >= self.span: self._epochs_done = 0
     if any(map(_is_compiled, [self.learn.model, *teacher.modules()])): torch._dynamo.reset() # what was traced before would not call our hooks
@@ -374,7 +374,9 @@ def _start_learning(self:KnowledgeDistillationCallback):
     loaded, device = self._loaded, next(self.learn.model.parameters()).device
     self.loss.to(device)
     if loaded is not None:
-        try: self.loss.load_state_dict(loaded['loss'])
+        try:
+            self.loss.load_state_dict(loaded['loss'])
+            self._load_teachers(loaded)
         except RuntimeError as e: raise ValueError(f'what was saved was learned by other losses or layers than those of {self}: {e}') from e
     broadcast(self.loss)
     if not any(p.requires_grad for p in self.loss.parameters()): self._learned = None
@@ -385,13 +387,18 @@ def _start_learning(self:KnowledgeDistillationCallback):
 
 @patch
 def after_cancel_step(self:KnowledgeDistillationCallback):
-    "The student skips this step, and so do the learned parts"
+    "The student skips this step, and so do the learned parts and a teacher that follows the student"
     if self._learned is not None: self._learned.skip = True
+    if self._fit is not None: self._fit.skipped = True
 
 @patch
 def after_step(self:KnowledgeDistillationCallback):
-    "Step the learned parts with the student"
-    if self._learned is not None and self._fit is not None: self._learned.step(self.learn)
+    "Step the learned parts with the student, and tell the teacher"
+    fit = self._fit
+    if fit is None: return
+    if self._learned is not None: self._learned.step(self.learn)
+    if fit.ready and not fit.skipped: fit.teacher.stepped(unwrap_model(self.learn.model))
+    fit.skipped = False
 
 # %% ../nbs/30_callback.ipynb #7da6e471
 @patch
@@ -574,13 +581,14 @@ def before_backward(self:KnowledgeDistillationCallback):
 @patch
 def _advise(self:KnowledgeDistillationCallback, task, parts, given):
     "Warn once of a teacher at chance and of parts that do nothing"
-    said = dict(chance=teacher_at_chance(given['teacher_pred'], given['target'], self._mask(), self._fit.axis))
+    teacher, said = self._fit.teacher, {}
+    if not teacher.learns: said['chance'] = teacher_at_chance(given['teacher_pred'], given['target'], self._mask(), self._fit.axis)
     said |= classes_that_coexist(given['target'], given['teacher_pred'], self.loss, self._fit.axis)
     said |= {side: predicts_probabilities(given[name], side, self._fit.axis) for side, name in _SIDES.items()}
     said |= dict(twice=self._stands_twice(), mixed=self._answers_unmixed())
     factors = dict(self._fit.peaks)
     weight = factors.pop('weight')
-    if weight > 0 and not _is_compiled(self.learn.model): # a compiled graph can be walked only once
+    if weight > 0 and not teacher.starts_silent and not _is_compiled(self.learn.model): # a compiled graph can be walked only once
         params = [p for p in self.learn.model.parameters() if p.requires_grad]
         scaler = scaler_of(self.learn)
         scale = scaler.get_scale() if scaler is not None else 1.
@@ -618,10 +626,11 @@ def _warn_once(self:KnowledgeDistillationCallback, key, message):
 # %% ../nbs/30_callback.ipynb #00f03391
 @patch
 def state_dict(self:KnowledgeDistillationCallback) -> dict:
-    "What the losses learned, the state of their optimizer, and how many epochs are done"
+    "What the losses learned, the state of their optimizer, what a teacher learned, and how many epochs are done"
     if self._loaded is not None: return copy.deepcopy(self._loaded)
     opt = None if self._learned is None else self._learned.state_dict()
-    return copy.deepcopy(dict(loss=self.loss.state_dict(), opt=opt, epochs_done=self._epochs_done))
+    teachers = [teacher.state_dict() for teacher in self._own_teachers()]
+    return copy.deepcopy(dict(loss=self.loss.state_dict(), opt=opt, teachers=teachers, epochs_done=self._epochs_done))
 
 @patch
 def load_state_dict(self:KnowledgeDistillationCallback,
@@ -634,9 +643,20 @@ def load_state_dict(self:KnowledgeDistillationCallback,
 @patch
 def _restore(self:KnowledgeDistillationCallback, state):
     "Back to `state`, which may be from before the losses were built"
+    self._load_teachers(state)
     if state['loss'].keys() == self.loss.state_dict().keys(): return self.load_state_dict(state)
     self._forget()
     self.loss.load_state_dict(state['loss'])
+
+# %% ../nbs/30_callback.ipynb #30e0001b
+@patch
+def _own_teachers(self:KnowledgeDistillationCallback):
+    "What was passed as a `Teacher`, alone or in a list"
+    return [o for o in (self.teacher if isinstance(self.teacher, (list, tuple)) else [self.teacher]) if isinstance(o, Teacher)]
+
+@patch
+def _load_teachers(self:KnowledgeDistillationCallback, state):
+    for teacher, saved in zip(self._own_teachers(), state.get('teachers', [])): teacher.load_state_dict(saved)
 
 # %% ../nbs/30_callback.ipynb #b447ed94
 @patch

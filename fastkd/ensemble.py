@@ -147,6 +147,27 @@ def reset(self:Ensemble):
 def flush(self:Ensemble):
     for teacher in self.teachers: teacher.flush()
 
+# %% ../nbs/25_ensemble.ipynb #25e0001b
+@patch
+def stepped(self:Ensemble, model):
+    for teacher in self.teachers: teacher.stepped(model)
+
+@patch
+def state_dict(self:Ensemble):
+    "What its teachers have to save, by place"
+    return {str(i): o.state_dict() for i, o in enumerate(self.teachers) if isinstance(o, Teacher)}
+
+@patch
+def load_state_dict(self:Ensemble, state):
+    for i, teacher in enumerate(self.teachers): teacher.load_state_dict(state.get(str(i), {}))
+
+# %% ../nbs/25_ensemble.ipynb #25e0001d
+@patch(as_prop=True)
+def learns(self:Ensemble): return any(getattr(teacher, 'learns', False) for teacher in self.teachers)
+
+@patch(as_prop=True)
+def starts_silent(self:Ensemble): return any(getattr(teacher, 'starts_silent', False) for teacher in self.teachers)
+
 # %% ../nbs/25_ensemble.ipynb #25e00011
 @patch
 def student_layers(self:Ensemble, layers):

@@ -26,13 +26,18 @@ class Teacher:
         "Answer for a batch"
         raise TypeError(f'{type(self).__name__} has no `outputs(xb, layers, pred=True)`')
 
+    learns = False # Whether it changes with the student, and knows no more than a beginner when a fit begins
+    starts_silent = False # Whether the first batch tells nothing of how far it is from the student
     wants = () # What `outputs` takes beside the batch: 'index', 'target', 'student_pred' and 'fm_s', what the student says, detached
     def student_layers(self, layers): return [] # Names of student layers that `fm_s` must hold for an answer about `layers`
     def seen(self, xb): return xb
     def answer(self, inputs, layers=(), pred=True): return self.outputs(inputs, layers, pred)
     def to(self, device): return self
     def reset(self): "Begin a new epoch, and a new sequence for recurrent models"
+    def stepped(self, model): "Hear of a step of the student's optimizer, for teachers that follow it"
     def flush(self): "Write down what is to outlive the fit, for teachers that remember"
+    def state_dict(self): return {} # What a resumed run needs of a teacher that learns
+    def load_state_dict(self, state): "Go on from what `state_dict` returned"
     def for_student(self, learn, axis=1): return self
     def settings(self): return ()
     live = property(lambda self: self, doc='The teacher without a memory')

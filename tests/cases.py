@@ -2,7 +2,7 @@
 import copy, torch
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from fastkd.losses.core import Loss, Probe, ResponseLoss
+from fastkd.losses.core import Loss, Probe, wanted_inputs
 from formulas import numeric_grad
 from types import SimpleNamespace
 
@@ -28,10 +28,10 @@ class Case:
     opposed: tuple = () # What climbs the value instead of descending: 'student', and parts of names of learned parameters
     name: str = ''
 
-    def __post_init__(self): self.name = self.name or repr(self.loss)
+    def __post_init__(self): self.name, self.inputs = self.name or repr(self.loss), wanted_inputs(self.loss)
 
     @property
-    def is_response(self): return isinstance(self.loss, ResponseLoss)
+    def is_response(self): return 'pred' in self.inputs and 'fm_s' not in self.inputs
 
     def given(self, i=0, dtype=torch.float64, shapes=None, seed=0):
         "Inputs by name, in the `i`-th shape"
@@ -40,6 +40,7 @@ class Case:
         else:
             given = dict(fm_s={f's{j}': draw(o, seed + 10*j, dtype) for j, o in enumerate(as_shapes(shape_s))},
                 fm_t={f't{j}': draw(o, seed + 10*j + 1, dtype) for j, o in enumerate(as_shapes(shape_t))})
+            given = {key: value for key, value in given.items() if key in self.inputs}
         return given | self.extra(given)
 
     def probe_of(self, given):

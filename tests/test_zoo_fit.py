@@ -85,7 +85,7 @@ def boxes_of(name, **kwargs):
 
 SPECIAL = dict(SRRL=dict(head='head.3'), CRD=dict(negatives=20), MaskedGenerative=dict(mask='channel'),
     BoxRegression=dict(positives=lambda y: y < 5))
-LAYERS = dict(MarginReLU=['block1.1', 'block2.1'], SRRL=['block2'])
+LAYERS = dict(MarginReLU=['block1.1', 'block2.1'], SRRL=['block2'], DeepSupervision=['block1', 'block2'])
 KINDS = available_losses().kind.to_dict()
 
 def make(name): return getattr(fastkd.all, name)(**SPECIAL.get(name, {}))
@@ -96,6 +96,7 @@ def task(name, **kwargs):
     else: made = boxes_of(name, **kwargs) if name == 'BoxRegression' else pixels_of(KINDS[name], **kwargs)
     if name == 'FSP': made.teacher = seeded(convnet, 4, seed=1) # flows of equal channels
     if name in LAYERS: made.layers_s = made.layers_t = LAYERS[name]
+    if name == 'DeepSupervision': made.layers_t = []
     mask = getattr(made, 'mask', None)
     made.settings = dict(loss=make(name), activations_student=made.layers_s, activations_teacher=made.layers_t, mask=mask)
     return made

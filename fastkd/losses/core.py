@@ -566,7 +566,7 @@ class Part:
             if not teachers: raise ValueError(f'{self}: student layers {students} have no partners: name teacher layers, too') from e
             if not students: raise ValueError(f'{self}: teacher layers {teachers} have no partners: name student layers, too') from e
             sides = f'{len(students)} student layers {students} and {len(teachers)} teacher layers {teachers}'
-            raise ValueError(f'{self}: {sides} do not pair' + (f': {e}' if len(students) == len(teachers) else '')) from e
+            raise ValueError(f'{self}: {sides} do not pair' + ('' if str(e).endswith('do not pair') else f': {e}')) from e
 
     def check_factor(self, value):
         if not isinstance(value, Number): raise TypeError(f'a loss is multiplied by a number, as in 1000*Attention(), not by {value!r}')

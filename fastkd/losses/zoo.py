@@ -9,11 +9,11 @@ __all__ = ['ROOMS', 'NEEDS', 'available_losses']
 import inspect, re
 
 import pandas as pd
-from . import dense, feature, relation, response, sequence, translators
+from . import dense, feature, relation, response, sequence, supervision, translators
 from .core import Loss
 
 # %% ../../nbs/19_losses.zoo.ipynb #30913600
-ROOMS = dict(response=[response], feature=[feature, translators], relation=[relation], sequence=[sequence], dense=[dense])
+ROOMS = dict(response=[response, supervision], feature=[feature, translators], relation=[relation], sequence=[sequence], dense=[dense])
 NEEDS = dict(fm_s='layers', pred='predictions', teacher_pred='predictions', target='labels')
 
 def _classes(module):
