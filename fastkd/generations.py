@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['Generations', 'born_again']
 
-# %% ../nbs/33_generations.ipynb #f72f52f0
-import torch
+# %% ../nbs/33_generations.ipynb #94226a9d
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import pandas as pd
+import pandas as pd, torch
 from fastai.basics import Learner
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
@@ -134,12 +133,12 @@ def plot(self:Generations,
     ax.set(xlabel='generation', ylabel=metric, xticks=range(len(self)))
     return ax
 
-# %% ../nbs/33_generations.ipynb #f729da6a
+# %% ../nbs/33_generations.ipynb #dcc69d13
 def _teacher(teacher, learners, ensemble, wrap):
     "Who teaches the next generation"
     before = [*([] if teacher is None else [teacher]), *learners]
     chosen = Ensemble(before) if ensemble else before[-1]
-    return wrap(chosen) if wrap else chosen
+    return chosen if wrap is None else wrap(chosen)
 
 def born_again(
     make_learner:Callable, # `make_learner(generation)` returns the fresh `Learner` of a generation, 0 first
