@@ -38,15 +38,15 @@ def _description(lesson, ensemble):
     "What distinguishes the generation of one run from that of another, in words"
     return f"{lesson(nn.Identity())}, {'all before it' if ensemble else 'the one before it'}" if lesson else 'no teacher'
 
-# %% ../nbs/33_generations.ipynb #7690a07f
+# %% ../nbs/33_generations.ipynb #b292270c
 def _check_fresh(learn, generation, earlier):
     "A generation is a `Learner` with a model of its own"
     if not isinstance(learn, Learner): raise TypeError(f'make_learner({generation}) returns a Learner, not {type(learn).__name__}')
     trained = {id(p): i for i, o in enumerate(earlier) for p in o.model.parameters()}
     for name, p in unwrap_model(learn.model).named_parameters():
         if p.requires_grad and id(p) in trained:
-            raise ValueError(f"make_learner({generation}) returns the model of generation {trained[id(p)]}, or shares its parameter '{name}': "
-                'make a new one each time')
+            raise ValueError(f"make_learner({generation}) returns the model of generation {trained[id(p)]}, or shares its parameter "
+                f"'{name}': make a new one each time")
 
 @contextmanager
 def _generation(number):
@@ -54,11 +54,12 @@ def _generation(number):
     try: yield
     except Exception as e: raise RuntimeError(f'generation {number} failed, {type(e).__name__}: {e}') from e
 
-# %% ../nbs/33_generations.ipynb #e3f866bc
+# %% ../nbs/33_generations.ipynb #82bb2b36
 def _train(learn, fit, callback):
     "Train a generation; returns its metric values by name"
     fit(learn, [] if callback is None else [callback])
-    if callback is not None and callback._student is None: raise ValueError('the teacher was not heard: fit(learn, cbs) gives cbs to learn.fit')
+    if callback is not None and callback._student is None:
+        raise ValueError('nobody heard the teacher: fit(learn, cbs) gives cbs to learn.fit')
     return _evaluate(learn)
 
 def _evaluate(learn):
@@ -67,7 +68,8 @@ def _evaluate(learn):
     try:
         with learn.no_bar(): values = learn.validate()
     finally: vars(learn.recorder).update(recorded)
-    return {name: None if o is None else torch.as_tensor(o).tolist() for name, o in zip(['valid_loss', *learn.metrics.attrgot('name')], values)}
+    names = ['valid_loss', *learn.metrics.attrgot('name')]
+    return {name: None if o is None else torch.as_tensor(o).tolist() for name, o in zip(names, values)}
 
 # %% ../nbs/33_generations.ipynb #aca8530f
 def _folder(path):

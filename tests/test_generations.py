@@ -4,8 +4,8 @@ from fastai.basics import SGD, error_rate, set_seed
 from fastai.callback.fp16 import AMPMode
 from fastai.callback.mixup import MixUp
 from fastkd.all import *
-from helpers import (At, ByHand, OnCPU, convnet, furthest, is_unchanged, learner, n_hooks, quiet, raising, same, seeded, soft_target, started,
-    state, trained_teacher, weights)
+from helpers import (At, ByHand, OnCPU, convnet, furthest, is_unchanged, learner, n_hooks, quiet, raising, same, seeded, soft_target,
+    started, state, trained_teacher, weights)
 from torch import nn
 
 def make(generation, width=4, **kwargs):
@@ -61,7 +61,8 @@ def test_all_before_teach_together():
 
 def test_teacher_assistants():
     "Sizes fall, and layers are compared on the way"
-    done = chain(SoftTarget() + 100*Attention(), make=lambda i: make(i, (8, 6, 2)[i]), activations_student='block2', activations_teacher='block2')
+    layers = dict(activations_student='block2', activations_teacher='block2')
+    done = chain(SoftTarget() + 100*Attention(), make=lambda i: make(i, (8, 6, 2)[i]), **layers)
     assert [learn.model.head[3].in_features for learn in done.learners] == [16, 12, 4]
     assert [len(learn.recorder.distillation['attention_loss']) for learn in done.learners[1:]] == [4, 4]
     assert not hasattr(done.learners[0].recorder, 'distillation') and not any(n_hooks(learn.model) for learn in done.learners)
@@ -115,7 +116,8 @@ def test_best(metrics, values, best):
     "The highest, or the lowest where the metric is an error or a loss"
     from fastkd.generations import Generations
     done = Generations()
-    done.learners, done._values = [*'abc'], [{'valid_loss': 1 - .01*i, metrics: o} if metrics else {'valid_loss': o} for i, o in enumerate(values)]
+    done.learners, losses = [*'abc'], values if metrics is None else [.3, .2, .1]
+    done._values = [{'valid_loss': loss} | ({metrics: o} if metrics else {}) for loss, o in zip(losses, values)]
     assert done.best == 'abc'[best] and done.plot().get_ylabel() == (metrics or 'valid_loss')
 
 def test_together():
@@ -238,7 +240,7 @@ def never(learn, cbs): raise AssertionError('trained')
     (dict(teacher='resnet34'), TypeError, 'the teacher comes first'), (dict(weight=1.5), ValueError, 'negative weight'),
     (dict(wieght=.5), TypeError, 'wieght'), (dict(schedule={'t': lambda pos: 1.}), ValueError, "nothing is called 't'"),
     (dict(make=lambda generation: nn.Identity()), TypeError, r'make_learner\(0\) returns a Learner, not Identity'),
-    (dict(make=raising(OSError)), RuntimeError, 'generation 0 failed, OSError: on purpose')], ids=lambda o: next(iter(o)) if isinstance(o, dict) else '')
+    (dict(make=raising(OSError)), RuntimeError, 'generation 0 failed, OSError: on purpose')])
 def test_refused_before_training(settings, exc, match):
     settings = dict(loss=SoftTarget) | settings
     with pytest.raises(exc, match=match): chain(settings.pop('loss'), fit=never, **settings)

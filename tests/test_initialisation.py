@@ -29,7 +29,8 @@ def pair(n_s=3, n_t=6, **kwargs): return Tower(n_s, **kwargs), Tower(n_t, seed=1
 def values(module): return [*weights(module).values()]
 def equal(a, b): return len(values(a)) == len(values(b)) and all(map(torch.equal, values(a), values(b)))
 
-@pytest.mark.parametrize('n_s,n_t,chosen', [(3, 6, [0, 2, 4]), (6, 6, range(6)), (4, 6, [0, 1, 3, 4]), (1, 6, [0]), (6, 3, [0, 0, 1, 1, 2, 2])])
+@pytest.mark.parametrize('n_s,n_t,chosen', [(3, 6, [0, 2, 4]), (6, 6, range(6)), (4, 6, [0, 1, 3, 4]), (1, 6, [0]),
+    (6, 3, [0, 0, 1, 1, 2, 2])])
 def test_blocks_are_taken_evenly(n_s, n_t, chosen):
     "Parameters and buffers of every second one, say; the rest by name"
     student, teacher = pair(n_s, n_t)
@@ -76,7 +77,8 @@ def test_a_list_chosen():
     init_from_teacher(student, teacher, {'blocks': 'body.blocks'})
     assert equal(student.blocks[1], teacher['body'].blocks[2])
 
-@pytest.mark.parametrize('layers,match', [({'blocks.0': 'blocks.1', 'blokcs.1': 'blocks.2'}, r"student has no layer 'blokcs.1'; nearest: blocks"),
+@pytest.mark.parametrize('layers,match', [
+    ({'blocks.0': 'blocks.1', 'blokcs.1': 'blocks.2'}, r"student has no layer 'blokcs.1'; nearest: blocks"),
     ({'blocks.0': 'blocks.1', 'blocks.1': 'block.2'}, r"teacher has no layer 'block.2'; nearest: blocks.2")], ids=['student', 'teacher'])
 def test_a_wrong_name_changes_nothing(layers, match):
     student, teacher = pair()
