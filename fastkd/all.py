@@ -3,6 +3,8 @@ from fastkd.cache import CachedTeacher
 from fastkd.callback import *
 from fastkd.checkpoints import *
 from fastkd.ensemble import Ensemble
+from fastkd.generations import *
+from fastkd.initialisation import *
 from fastkd.itself import *
 from fastkd.losses.core import *
 from fastkd.losses.dense import *
