@@ -195,8 +195,9 @@ def _target(self:KnowledgeDistillationCallback):
     labels, n = self._labels(), self._n_unlabelled()
     if n == 0: return labels
     parts = labels if isinstance(labels, Mixed) else (labels,)
-    if any(not isinstance(y, Tensor) or y.is_floating_point() for y in parts[:2]): return labels
-    y, *more = [_extended(o, n, value) if o.ndim else o for o, value in zip(parts, (-1, -1, 1))]
+    y = parts[0]
+    if not isinstance(y, Tensor) or y.is_floating_point(): return labels
+    y, *more = [_extended(o, n, value) if o.shape[:1] == y.shape[:1] else o for o, value in zip(parts, (-1, -1, 1))]
     return Mixed(y, *more) if more else y
 
 @patch

@@ -49,7 +49,7 @@ class Stream:
         drawn, self.left = self.left[:self.wanted], self.left[self.wanted:]
         return drawn
 
-# %% ../nbs/35_unlabelled.ipynb #e27123d7
+# %% ../nbs/35_unlabelled.ipynb #5c77ace5
 class Unlabelled(Callback):
     "Add samples without labels to each training batch"
     order, run_valid = 4, False
@@ -60,20 +60,20 @@ class Unlabelled(Callback):
     ):
         if not isinstance(ratio, (int, float)) or not 0 < ratio < float('inf'):
             raise ValueError(f'ratio is a number > 0, unlabelled samples for each labelled one, not {ratio!r}')
-        self.unlabelled, self.ratio, self.loader, self.batches, self.n_unlabelled = unlabelled, ratio, None, None, 0
+        self.samples, self.ratio, self.loader, self.batches, self.n_unlabelled = unlabelled, ratio, None, None, 0
 
     def __repr__(self): return f'Unlabelled(ratio={self.ratio:g})'
-    def __getstate__(self): return {**self.__dict__, **dict(unlabelled=None, loader=None, batches=None, n_unlabelled=0)}
+    def __getstate__(self): return {**self.__dict__, **dict(samples=None, loader=None, batches=None, n_unlabelled=0)}
 
     def cleanup(self):
         "Let the loader go"
         self.loader, self.batches, self.n_unlabelled = None, None, 0
 
-# %% ../nbs/35_unlabelled.ipynb #5071563e
+# %% ../nbs/35_unlabelled.ipynb #f6a91197
 @patch
 def before_fit(self:Unlabelled):
     "Make the loader of unlabelled samples"
-    if self.learn.lock.locked() or self.unlabelled is None: return
+    if self.learn.lock.locked() or self.samples is None: return
     self.cleanup()
     if not any(isinstance(cb, KnowledgeDistillationCallback) for cb in self.learn.cbs):
         warnings.warn('unlabelled samples teach nothing by themselves: fit with a KnowledgeDistillationCallback, too', stacklevel=2)
@@ -82,16 +82,16 @@ def before_fit(self:Unlabelled):
     if train is None or len(train) == 0: raise ValueError('this learner has no training set to add unlabelled samples to')
     if not isinstance(train, DataLoader) or train.bs is None:
         raise TypeError(f'unlabelled samples are loaded as the training set is, by a fastai DataLoader with a batch size, not by {train}')
-    dataset = as_training_set(self.unlabelled, train.dataset)
+    dataset = as_training_set(self.samples, train.dataset)
     bs, stream = max(1, round(self.ratio*train.bs)), Stream(len(dataset))
     with no_random(reproducible=False): self.loader = train.new(dataset, bs=bs, shuffle=True, drop_last=False, get_idxs=stream)
 
 @patch
 def before_train(self:Unlabelled):
     "Draw what this epoch needs"
-    if self.unlabelled is None:
+    if self.samples is None:
         raise RuntimeError('the unlabelled samples did not come along when this learner was exported or copied. Set them, '
-            '`learn.unlabelled.unlabelled = items`, or train without: `learn.remove_cb(Unlabelled)`')
+            '`learn.unlabelled.samples = items`, or train without: `learn.remove_cb(Unlabelled)`')
     if self.loader is None: self.before_fit() # put in place in the middle of a fit
     self.loader.get_idxs.wanted = len(self.learn.dls.train)*self.loader.bs
     self.batches = _over_and_over(self.loader)
