@@ -200,6 +200,7 @@ def _target(self:KnowledgeDistillationCallback):
     y, *more = [_extended(o, n, value) if o.shape[:1] == y.shape[:1] else o for o, value in zip(parts, (-1, -1, 1))]
     return Mixed(y, *more) if more else y
 
+# %% ../nbs/30_callback.ipynb #024897d4
 @patch
 def _check_unlabelled(self:KnowledgeDistillationCallback, pred):
     "What uses labels can tell which are missing"

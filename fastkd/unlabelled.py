@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['as_training_set', 'Stream', 'Unlabelled', 'Confident']
 
-# %% ../nbs/35_unlabelled.ipynb #c386a801
+# %% ../nbs/35_unlabelled.ipynb #6bb1a39d
 import random, warnings
-from collections.abc import Callable
 
 import torch
 from fastai.basics import Callback, DataLoader, Datasets, TfmdLists
@@ -116,7 +115,7 @@ def before_batch(self:Unlabelled):
 def _said(shapes): return ' and '.join(map(str, shapes))
 def _joined(labelled, more): return torch.cat([labelled, more.as_subclass(type(labelled))])
 
-# %% ../nbs/35_unlabelled.ipynb #b3de673f
+# %% ../nbs/35_unlabelled.ipynb #2a7702d1
 @patch
 def after_pred(self:Unlabelled):
     "Show the labelled rows to the task loss"
@@ -136,6 +135,7 @@ def after_batch(self:Unlabelled):
     if self.n_unlabelled: self.learn.xb, self.learn.pred = self.labelled, self.labelled_rows
     self.n_unlabelled, self.labelled, self.all_rows, self.labelled_rows = 0, None, None, None
 
+# %% ../nbs/35_unlabelled.ipynb #aec2c8d2
 @patch
 def after_fit(self:Unlabelled):
     if not self.learn.lock.locked(): self.cleanup()

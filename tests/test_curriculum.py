@@ -1,5 +1,5 @@
 "A curriculum: who is ranked how, which samples an epoch draws, and that nothing of it stays."
-import pickle, pytest, random, torch
+import pickle, pytest, torch
 from fastai.basics import DataLoader, DataLoaders, set_seed
 from fastai.callback.schedule import SchedLin
 from fastai.data.core import Datasets
@@ -7,8 +7,7 @@ from fastai.vision.augment import RandTransform
 from fastkd.all import CachedTeacher, Ensemble, KnowledgeDistillationCallback, SoftTarget, StoredTeacher, cos, lin
 from fastkd.curriculum import Curriculum, sure_of_any, sure_of_label
 from fastkd.schedules import Stages
-from helpers import At, convnet, digits, fitted, learner, quiet, raising, same, seeded, started, trained_teacher, weights
-from torch import nn
+from helpers import At, digits, fitted, learner, raising, same, started, trained_teacher, weights
 
 def easiest(teacher, n=100):
     "By hand: positions by the probability of the label"

@@ -1,16 +1,15 @@
 "Samples without labels: what each loss sees, what others see, and what is said where that cannot be."
 import pickle, pytest, torch, torch.nn.functional as F
-from fastai.basics import DataLoader, DataLoaders, MSELossFlat, Learner
+from fastai.basics import DataLoaders, MSELossFlat, Learner
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import SchedLin
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import Datasets
-from fastai.metrics import accuracy
 from fastai.vision.augment import RandTransform
 from fastkd.all import Attention, DecoupledKD, Ensemble, HardLabel, KnowledgeDistillationCallback, Logits, SoftTarget, StoredTeacher
 from fastkd.unlabelled import Confident, Stream, Unlabelled
-from helpers import (At, NoWaiting, OnCPU, as_on_a_gpu, convnet, digits, error_of, fitted, learner, named_learner, quiet, raising, same, seeded,
-    trained_teacher, weights, without_waiting)
+from helpers import (At, OnCPU, as_on_a_gpu, convnet, digits, fitted, learner, quiet, raising, same, seeded, trained_teacher, weights,
+    without_waiting)
 from torch import nn
 
 KD = KnowledgeDistillationCallback
