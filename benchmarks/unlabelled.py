@@ -8,16 +8,11 @@ run is written down as it ends, teachers are kept in DIR/teachers, and a command
 import json, platform, torch
 from argparse import ArgumentParser
 from dataclasses import replace
-from fastai.basics import CrossEntropyLossFlat, Learner, set_seed
-from fastai.callback.schedule import ParamScheduler, combined_cos
-from fastai.metrics import accuracy
 from fastkd.all import Confident, HardLabel, KnowledgeDistillationCallback, SoftTarget, Unlabelled
-from fastkd.demo import EXPERIMENTS, SkipValidation, draw, fashion_mnist, loaders, train
+from fastkd.demo import EXPERIMENTS, draw, fashion_mnist, interval, train
 from itertools import combinations
 from pathlib import Path
-from scipy.stats import t as student_t
-from statistics import mean, stdev
-from time import process_time
+from statistics import mean
 from torch.utils.data import TensorDataset
 
 ARMS = dict(alone='student alone', distilled='with teacher', unlabelled='with teacher and unlabelled images',
@@ -41,33 +36,24 @@ def cbs_of(arm, teacher, others, experiment, ratio):
 
 def student(arm, teacher, few, others, test, experiment, seed, ratio):
     "Accuracy and CPU seconds of one student"
-    set_seed(seed)
-    learn = Learner(loaders(few, test, experiment, experiment.augment_student), experiment.student(), CrossEntropyLossFlat(), metrics=accuracy)
-    lr, start = experiment.lr, process_time()
-    cbs = [ParamScheduler(dict(lr=combined_cos(.25, lr/25, lr, lr/1e5))), SkipValidation(), *cbs_of(arm, teacher, others, experiment, ratio)]
-    with learn.no_bar(), learn.no_logging():
-        learn.fit(experiment.student_epochs, lr, wd=.01, cbs=cbs)
-        return dict(accuracy=100*learn.validate()[1], seconds=process_time() - start)
+    run = train(experiment.student, (few, test), experiment, seed, experiment.student_epochs, experiment.lr, experiment.augment_student,
+        curve=False, cbs=cbs_of(arm, teacher, others, experiment, ratio))
+    return dict(accuracy=run['accuracy'][-1], seconds=run['seconds'])
 
 def teacher_of(folder, few, test, experiment, seed):
     "The teacher of a seed, trained unless it is on disk, and its accuracy"
     file = folder/f'fashion_mnist_{experiment.teacher_epochs}_{seed}.pth'
     if not file.exists():
-        start = process_time()
         run = train(experiment.teacher, (few, test), experiment, seed, experiment.teacher_epochs, experiment.teacher_lr, True, curve=False)
         folder.mkdir(exist_ok=True, parents=True)
-        torch.save(dict(model=run['model'].state_dict(), accuracy=run['accuracy'][-1], seconds=process_time() - start), file)
+        torch.save(dict(model=run['model'].state_dict(), accuracy=run['accuracy'][-1], seconds=run['seconds']), file)
     saved, model = torch.load(file, weights_only=True), experiment.teacher()
     model.load_state_dict(saved.pop('model'))
     return model, saved
 
 # ---- Telling
 
-def interval(differences):
-    "Mean and half the width of its 95 % interval"
-    n = len(differences)
-    if n < 2: return f'{mean(differences):+.2f}'
-    return f'{mean(differences):+.2f} ± {student_t.ppf(.975, n - 1)*stdev(differences)/n**.5:.2f}'
+def said(differences): return '{:+.2f} ± {:.2f}'.format(*interval(differences))
 
 def told(found):
     "All of it as Markdown; differences over the seeds that both arms have"
@@ -80,7 +66,7 @@ def told(found):
     lines += ['', '| difference | points |', '|---|--:|']
     for one, other in combinations([arm for arm in ARMS if runs.get(arm)], 2):
         both = [seed for seed in runs[one] if seed in runs[other]]
-        if both: lines.append(f"| {ARMS[other]} – {ARMS[one]} | {interval([runs[other][o]['accuracy'] - runs[one][o]['accuracy'] for o in both])} |")
+        if both: lines.append(f"| {ARMS[other]} – {ARMS[one]} | {said([runs[other][o]['accuracy'] - runs[one][o]['accuracy'] for o in both])} |")
     return '\n'.join(lines) + '\n'
 
 def main(args):

@@ -118,12 +118,14 @@ def test_get_idxs_of_the_user_comes_back():
     learn, drawn = learner(), Drawn()
     learn.dls.train.get_idxs = own = lambda: order
     learn.fit(1, cbs=[Curriculum(trained_teacher()), *drawn.cbs])
-    easy = [i for i in order if i in easiest(trained_teacher())[:30]]
+    easiest_30 = easiest(trained_teacher())[:30]
+    easy = [i for i in order if i in easiest_30]
     assert vars(learn.dls.train)['get_idxs'] is own and drawn.positions[0] == (easy*100)[:100]
 
 def test_no_easy_sample_in_reach():
     learn = learner()
-    learn.dls.train.get_idxs = lambda: easiest(trained_teacher())[50:]
+    hard = easiest(trained_teacher())[50:]
+    learn.dls.train.get_idxs = lambda: hard
     with pytest.raises(ValueError, match='none of the easy samples'): learn.fit(1, cbs=Curriculum(trained_teacher()))
 
 def test_lr_find_leaves_nothing():
