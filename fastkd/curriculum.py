@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['sure_of_label', 'sure_of_any', 'rank', 'Curriculum']
 
-# %% ../nbs/34_curriculum.ipynb #f1098ef8
-import math
+# %% ../nbs/34_curriculum.ipynb #f8da7097
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -113,7 +112,7 @@ def share(self:Curriculum,
     "Which share of the samples takes part"
     return self.start + (1 - self.start)*self.curve.progress(pct_train) if multiplies(self.curve) else self.curve(pct_train)
 
-# %% ../nbs/34_curriculum.ipynb #0685b420
+# %% ../nbs/34_curriculum.ipynb #30dd64f0
 @patch
 def before_fit(self:Curriculum):
     "Check what can be checked without data"
@@ -129,7 +128,7 @@ def before_train(self:Curriculum):
     self.cleanup()
     share, dl = self.share(self.learn.pct_train), _loader(self.learn)
     if self.ranking is None: self._rank()
-    self.easy = min(dl.n, max(math.ceil(share*dl.n - 1e-6), dl.bs or 1))
+    self.easy = min(dl.n, max(round(share*dl.n), dl.bs or 1))
     if self.easy == dl.n: return
     chosen = set(self.ranking[:self.easy].tolist())
     self.drawing = dl, dl.get_idxs, vars(dl).get('get_idxs'), chosen
