@@ -59,14 +59,15 @@ def told(found):
     "All of it as Markdown; differences over the seeds that both arms have"
     runs, settings = found['runs'], found['settings']
     row = lambda name, o: f"| {name} | {mean(r['accuracy'] for r in o):.2f} | {len(o)} | {mean(r['seconds'] for r in o):.0f} |"
-    lines = ['# Unlabelled images', '', f"Fashion-MNIST, {settings['n_labels']} labels, {settings['ratio']:g} unlabelled images for each labelled "
-        f"one in a batch, {settings['epochs']} epochs of the labelled images. {found['machine']}.", '',
+    lines = ['# Unlabelled images', '', f"Fashion-MNIST, {settings['n_labels']} labels, {settings['ratio']:g} unlabelled images for each "
+        f"labelled one in a batch, {settings['epochs']} epochs of the labelled images. {found['machine']}.", '',
         '| | accuracy, % | seeds | CPU seconds |', '|---|--:|--:|--:|']
     lines += [row(name, [*runs[arm].values()]) for arm, name in (dict(teacher='teacher') | ARMS).items() if runs.get(arm)]
     lines += ['', '| difference | points |', '|---|--:|']
     for one, other in combinations([arm for arm in ARMS if runs.get(arm)], 2):
         both = [seed for seed in runs[one] if seed in runs[other]]
-        if both: lines.append(f"| {ARMS[other]} – {ARMS[one]} | {said([runs[other][o]['accuracy'] - runs[one][o]['accuracy'] for o in both])} |")
+        differences = [runs[other][seed]['accuracy'] - runs[one][seed]['accuracy'] for seed in both]
+        if both: lines.append(f'| {ARMS[other]} – {ARMS[one]} | {said(differences)} |')
     return '\n'.join(lines) + '\n'
 
 def main(args):

@@ -86,7 +86,8 @@ def _check_settings(self:KnowledgeDistillationCallback):
     def check_weight(value):
         _check_number('weight', value)
         if self.task_weight is None and value > 1:
-            raise ValueError(f'weight {value:g} leaves a negative weight for the task loss: stay in [0, 1], or give task_weight=1, say{hint}')
+            raise ValueError(f'weight {value:g} leaves a negative weight for the task loss: stay in [0, 1], or give task_weight=1, say'
+                + hint)
     check_curve('weight', curve, self.weight, check_weight)
     for key, curve in self.schedules.items():
         if key == 'weight': continue

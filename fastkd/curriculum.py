@@ -28,7 +28,8 @@ def sure_of_label(
     "Logarithm of the probability that the teacher gives the label, the mean over positions where there are several"
     log_probs = teacher_pred.movedim(axis, 1).float().log_softmax(1)
     if not isinstance(target, Tensor) or target.is_floating_point() or target.shape != log_probs[:, 0].shape:
-        raise ValueError('sure_of_label compares with labels that are classes, as integers: Curriculum(teacher, by=sure_of_any) does without')
+        raise ValueError('sure_of_label compares with labels that are classes, as integers: Curriculum(teacher, by=sure_of_any) '
+            'does without')
     known = (0 <= target) & (target < log_probs.shape[1])
     of_label = log_probs.gather(1, target.where(known, 0)[:, None])[:, 0]
     of_known, known = (o.reshape(len(o), -1) for o in (torch.where(known, of_label, 0.), known))
@@ -75,12 +76,13 @@ def _easiness(teacher, learn, by, axis, batch, n_before):
     xb, target = tuple(batch[:n_inp]), detuplify(tuple(batch[n_inp:]))
     known = dict(index=lambda: torch.arange(n_before, n_before + len(xb[0])), target=lambda: target)
     if unknown := [name for name in teacher.wants if name not in known]:
-        raise ValueError(f'{teacher} answers by what the student says ({unknown[0]}), which says nothing before training: rank the samples by '
-            'another teacher')
+        raise ValueError(f'{teacher} answers by what the student says ({unknown[0]}), which says nothing before training: rank '
+            'the samples by another teacher')
     pred, _ = teacher.outputs(xb, **{name: known[name]() for name in teacher.wants})
     values = by(pred, target, axis)
     if values.shape == (len(xb[0]),): return values.cpu()
-    raise ValueError(f'by(teacher_pred, target, axis) returns a number for each sample, not shape {tuple(values.shape)} for {len(xb[0])} samples')
+    raise ValueError(f'by(teacher_pred, target, axis) returns a number for each sample, not shape {tuple(values.shape)} for '
+        f'{len(xb[0])} samples')
 
 # %% ../nbs/34_curriculum.ipynb #96ca54fc
 class Curriculum(Callback):

@@ -262,7 +262,8 @@ def against(
     table = pd.DataFrame(runs)
     halves = {name: interval([*(table[name] - table[base])]) for name in table if name != base}
     said = {name: f'{mean:+.2f} ± {half:.2f}' for name, (mean, half) in halves.items()}
-    return pd.DataFrame({'accuracy, %': table.mean().map('{:.2f}'.format), f'minus {base}': pd.Series(said)}).reindex(table.columns).fillna('')
+    columns = {'accuracy, %': table.mean().map('{:.2f}'.format), f'minus {base}': pd.Series(said)}
+    return pd.DataFrame(columns).reindex(table.columns).fillna('')
 
 # %% ../nbs/45_demo.ipynb #6d6b8717
 def main(

@@ -106,8 +106,8 @@ def before_batch(self:Unlabelled):
     more = tuple(batch)[:len(labelled)] if isinstance(batch, (tuple, list)) else (batch,)
     shapes = [[tuple(x.shape[1:]) if isinstance(x, Tensor) else type(x).__name__ for x in xs] for xs in (more, labelled)]
     if shapes[0] != shapes[1] or not all(isinstance(x, Tensor) for x in labelled):
-        raise ValueError(f'an unlabelled sample is {_said(shapes[0])}, and a labelled one {_said(shapes[1])}: give unlabelled samples the form '
-            'of those of the training set')
+        raise ValueError(f'an unlabelled sample is {_said(shapes[0])}, and a labelled one {_said(shapes[1])}: give unlabelled samples '
+            'the form of those of the training set')
     n = max(1, round(self.ratio*len(labelled[0]))) # the last batch of an epoch may be smaller
     more = self.learn._set_device(tuple(x[:n] for x in more))
     self.labelled, self.n_unlabelled, self.learn.xb = labelled, len(more[0]), tuple(map(_joined, labelled, more))

@@ -76,7 +76,8 @@ def test_easiness_of_positions():
     z, y = torch.randn(2, 3, 4, 4), torch.randint(3, (2, 4, 4))
     y[0, 0], y[1, :, 1] = -100, 255
     log_probs = z.log_softmax(1)
-    by_hand = [torch.stack([log_probs[i, y[i, a, b], a, b] for a in range(4) for b in range(4) if 0 <= y[i, a, b] < 3]).mean() for i in (0, 1)]
+    of = lambda i: [log_probs[i, y[i, a, b], a, b] for a in range(4) for b in range(4) if 0 <= y[i, a, b] < 3]
+    by_hand = [torch.stack(of(i)).mean() for i in (0, 1)]
     torch.testing.assert_close(sure_of_label(z, y), torch.stack(by_hand))
     torch.testing.assert_close(sure_of_label(z.movedim(1, -1), y, axis=-1), torch.stack(by_hand))
     torch.testing.assert_close(sure_of_any(z), (log_probs.exp()*log_probs).sum(1).mean((1, 2)))

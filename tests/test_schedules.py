@@ -198,7 +198,8 @@ def test_check_curve():
 
 @pytest.mark.parametrize('curve,pct', [(SchedLin(2, -1), '66.7%'), (SchedLin(0, 4), '0.0%'), (SchedCos(4, 0), '100.0%'),
     (combine_scheds([.5, .5], [SchedLin(4, 2), lambda pos: -1. if .2 < pos < .21 else 2.]), '60.[01]%'),
-    (lambda pct: math.nan if pct > .9995 else 1., '100.0%'), (Stages(SchedLin(4, 0), 5), '80.0%'), (lambda pct: -1. if pct else 1., '0.1%')])
+    (lambda pct: math.nan if pct > .9995 else 1., '100.0%'),
+    (Stages(SchedLin(4, 0), 5), '80.0%'), (lambda pct: -1. if pct else 1., '0.1%')])
 def test_check_curve_finds_where(curve, pct):
     with pytest.raises(ValueError, match=rf"T must be positive, not .* \(schedule of 'T' at {pct} of training\)$"):
         check_curve('T', curve, None, positive)

@@ -28,7 +28,8 @@ class Batches:
             At('after_backward', self.see_grads, nth=0)]
 
     def see(self, learn):
-        if learn.training: self.seen.append(dict(x=learn.xb[0].clone(), y=learn.yb[0].clone(), pred=learn.pred, task=learn.loss_grad.detach()))
+        if learn.training: self.seen.append(dict(x=learn.xb[0].clone(), y=learn.yb[0].clone(), pred=learn.pred,
+            task=learn.loss_grad.detach()))
 
     def see_blend(self, learn):
         if learn.training: self.seen[-1]['blend'] = learn.loss_grad.detach().clone()
@@ -115,7 +116,8 @@ def test_columns_and_metrics():
     learn = learner(seeded(mlp), n=50)
     learn.recorder.train_metrics, said = True, []
     kd, seen = KD(trained_teacher(), SoftTarget(), teacher_metrics=True), Batches()
-    fitted(learn, [kd, Unlabelled(rest(), ratio=2), *seen.cbs, At('after_epoch', lambda learn: said.append([*learn.recorder.metric_names]))], n_epoch=1)
+    fitted(learn, [kd, Unlabelled(rest(), ratio=2), *seen.cbs, At('after_epoch',
+        lambda learn: said.append([*learn.recorder.metric_names]))], n_epoch=1)
     row = dict(zip(said[0][1:], learn.recorder.values[0]))
     rows = [(o['pred'][:25].argmax(1) == o['y']).float().mean().item() for o in seen.seen]
     with torch.no_grad():
@@ -254,7 +256,8 @@ def test_lr_find_and_inference_inside_a_fit():
 
 # ---- Errors
 
-@pytest.mark.parametrize('unlabelled,said', [([], 'there are no unlabelled samples'), ([torch.zeros(1, 9, 9)]*30, r'\(1, 9, 9\), and a labelled one \(1, 8, 8\)'),
+@pytest.mark.parametrize('unlabelled,said', [([], 'there are no unlabelled samples'),
+    ([torch.zeros(1, 9, 9)]*30, r'\(1, 9, 9\), and a labelled one \(1, 8, 8\)'),
     ([(torch.zeros(1, 8, 8), torch.zeros(2))][:0], 'there are no')])
 def test_samples_that_do_not_fit(unlabelled, said):
     learn = learner(seeded(mlp))
@@ -292,7 +295,8 @@ def test_teachers_weighted_by_confidence():
     first = batches.seen[0]
     with torch.no_grad():
         x, y = first['x'], first['y']
-        z_t = torch.cat([Ensemble(teachers, weights='confidence').outputs((x[:25],), target=y)[0], Ensemble(teachers).outputs((x[25:],))[0]])
+        z_t = torch.cat([Ensemble(teachers, weights='confidence').outputs((x[:25],), target=y)[0],
+            Ensemble(teachers).outputs((x[25:],))[0]])
         by_hand = SoftTarget()(first['pred'], z_t)
     assert learn.recorder.distillation['distillation_loss'][0] == pytest.approx(by_hand.item(), rel=1e-4)
 
