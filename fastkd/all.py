@@ -2,6 +2,7 @@
 from fastkd.cache import CachedTeacher
 from fastkd.callback import *
 from fastkd.checkpoints import *
+from fastkd.curriculum import Curriculum, sure_of_any, sure_of_label
 from fastkd.ensemble import Ensemble
 from fastkd.generations import *
 from fastkd.initialisation import *
@@ -20,3 +21,4 @@ from fastkd.mutual import *
 from fastkd.schedules import *
 from fastkd.stored import StoredTeacher
 from fastkd.teachers import *
+from fastkd.unlabelled import Confident, Unlabelled

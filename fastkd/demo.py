@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'digits', 'fashion_mnist', 'draw', 'wobble', 'conv', 'convnet', 'mlp', 'Experiment', 'SkipValidation',
-           'TensorLoader', 'loaders', 'train', 'one_seed', 'all_seeds', 'paired_difference', 'verdict', 'summary',
-           'plot_curves', 'main']
+           'TensorLoader', 'loaders', 'train', 'one_seed', 'all_seeds', 'interval', 'paired_difference', 'verdict',
+           'summary', 'plot_curves', 'against', 'main']
 
 # %% ../nbs/45_demo.ipynb #dbe1fcfe
 import argparse, math, time
@@ -152,11 +152,12 @@ def train(
     augmented:bool, # Whether images are changed at random
     teacher:nn.Module=None, # Distil from it
     curve:bool=True, # Measure accuracy after each epoch, and not only after the last one
+    cbs=(), # Further callbacks of the fit
 ) -> dict: # `model`, `accuracy` after each epoch on the validation images, in percent, and `seconds` of CPU
     "Train one model"
     set_seed(seed)
     learn = Learner(loaders(*data, experiment, augmented), make(), CrossEntropyLossFlat(), metrics=accuracy)
-    cbs = [ParamScheduler(dict(lr=combined_cos(.25, lr/25, lr, lr/1e5)))] + ([] if curve else [SkipValidation()])
+    cbs = [*cbs, ParamScheduler(dict(lr=combined_cos(.25, lr/25, lr, lr/1e5)))] + ([] if curve else [SkipValidation()])
     if teacher is not None: cbs.append(KnowledgeDistillationCallback(teacher, SoftTarget(T=experiment.T), weight=experiment.weight))
     start = time.process_time()
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs, lr, wd=.01, cbs=cbs)
@@ -196,15 +197,20 @@ def all_seeds(
     return list(parallel(run, seeds, n_workers=workers, total=len(seeds), progress=progress, method='spawn'))
 
 # %% ../nbs/45_demo.ipynb #68462c28
+def interval(
+    differences:list, # One for each seed
+) -> tuple: # Their mean, and half the width of its 95 % interval
+    "What the mean of differences is, and how well that is known"
+    from scipy.stats import t
+    differences, n = torch.tensor(differences, dtype=torch.float64), len(differences)
+    half = t.ppf(.975, n - 1)*differences.std().item()/n**.5 if n > 1 else math.inf
+    return differences.mean().item(), half
+
 def paired_difference(
     runs:list, # What `all_seeds` returns
 ) -> tuple: # Mean difference of the final accuracies, distilled minus plain, and half the width of its 95 % interval
     "How much the teacher changed, in points of accuracy"
-    from scipy.stats import t
-    differences = torch.tensor([o['distilled']['accuracy'][-1] - o['plain']['accuracy'][-1] for o in runs], dtype=torch.float64)
-    n = len(differences)
-    half = t.ppf(.975, n - 1)*differences.std().item()/n**.5 if n > 1 else math.inf
-    return differences.mean().item(), half
+    return interval([o['distilled']['accuracy'][-1] - o['plain']['accuracy'][-1] for o in runs])
 
 def verdict(
     runs:list, # What `all_seeds` returns
@@ -246,6 +252,18 @@ def plot_curves(
     ax.set(xlabel='epoch', ylabel='accuracy, %')
     ax.legend()
     return ax
+
+# %% ../nbs/45_demo.ipynb #17ad3ac5
+def against(
+    runs:list, # For each seed a dict from arm to accuracy, in percent
+    base:str, # The arm that the others are compared with
+) -> pd.DataFrame: # Mean accuracy of each arm, and its difference from `base` with the 95 % interval
+    "What each arm changes"
+    table = pd.DataFrame(runs)
+    halves = {name: interval([*(table[name] - table[base])]) for name in table if name != base}
+    said = {name: f'{mean:+.2f} ± {half:.2f}' for name, (mean, half) in halves.items()}
+    columns = {'accuracy, %': table.mean().map('{:.2f}'.format), f'minus {base}': pd.Series(said)}
+    return pd.DataFrame(columns).reindex(table.columns).fillna('')
 
 # %% ../nbs/45_demo.ipynb #6d6b8717
 def main(

@@ -8,8 +8,8 @@ from fastai.torch_core import TensorImage, TensorMask
 from fastai.callback.training import GradientAccumulation
 from fastkd.all import *
 from functools import partial
-from helpers import (At, ByHand, attention, convnet, digits, fitted, furthest, learner, loaders, quiet, same, seeded, soft_target,
-    trained_teacher, weights)
+from helpers import (At, ByHand, attention, convnet, digits, error_of, fitted, furthest, learner, loaders, quiet, same, seeded,
+    soft_target, trained_teacher, weights)
 from collections import OrderedDict
 from types import SimpleNamespace
 from torch import nn
@@ -395,3 +395,23 @@ class RulesOut(nn.Module):
 def test_teacher_that_rules_out_a_class():
     learn = fitted(student(), KD(RulesOut(trained_teacher()), SoftTarget), n_epoch=1)
     assert torch.tensor(learn.recorder.distillation['distillation_loss']).isfinite().all()
+
+def test_an_annealer_that_is_meant_for_the_temperature():
+    "A weight of 8 is said to be one, unless the task loss has a weight of its own"
+    kd = lambda **kwargs: KnowledgeDistillationCallback(trained_teacher(), SoftTarget(T=4), **kwargs)
+    for curve in (SchedLin(8, 1), Stages(SchedLin(8, 1), 5)):
+        message = error_of(ValueError, learner(), kd(schedule=curve))
+        assert "weight 8 leaves a negative weight" in message and "If that is a temperature: schedule={'T': SchedLin(8, 1)}" in message
+    messages = [error_of(ValueError, learner(), o) for o in (kd(weight=1.5), kd(weight=2, schedule=cos))]
+    assert 'temperature' not in ''.join(messages)
+    learner().fit(1, cbs=kd(schedule=SchedLin(8, 1), task_weight=1.))
+
+def test_stages_in_a_fit():
+    "Weight and temperature of each step"
+    learn, schedule = learner(), {'T': Stages(SchedLin(10, 1), 4), 'weight': Stages(SchedLin(.5, 1), 2)}
+    learn.fit(2, cbs=KnowledgeDistillationCallback(trained_teacher(), SoftTarget, schedule=schedule))
+    found = learn.recorder.distillation
+    assert found['T'] == [10, 10, 7, 7, 4, 4, 1, 1] and found['weight'] == [.5]*4 + [1.]*4
+    assert found['task_loss'][7] > 0 and learn.recorder.distillation['weight'][-1] == 1
+    learn.fit(2, cbs=KnowledgeDistillationCallback(trained_teacher(), SoftTarget, weight=.8, schedule=Stages(cos, 2)))
+    assert learn.recorder.distillation['weight'] == [0.]*4 + [.8]*4

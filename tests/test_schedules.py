@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError, replace
 from functools import partial
 from hypothesis import given, strategies as st
 from fastai.callback.schedule import SchedCos, SchedExp, SchedLin, SchedPoly, combine_scheds, sched_cos, sched_exp, sched_lin, sched_no
-from fastkd.schedules import Schedule, as_schedules, check_curve, cos, lin, scheduled_value
+from fastkd.schedules import Schedule, Stages, as_schedules, check_curve, cos, lin, scheduled_value
 
 # ---- Curves
 
@@ -130,6 +130,59 @@ def test_scheduled_value():
     assert scheduled_value(SchedLin(8, 1), .8, .5) == 4.5 # the value itself
     assert scheduled_value(SchedPoly(1, 3, 2), None, .5) == 1.5
 
+@pytest.mark.parametrize('func,said', [(sched_cos, r'`SchedCos\(start, end\)`.*`Schedule\(sched_cos\)`'), (sched_lin, '`SchedLin'),
+    (sched_exp, '`SchedExp'), (lambda start, end, pos: start, r'`Schedule\(<lambda>\)`')])
+def test_functions_of_start_end_and_position(func, said):
+    "fastai's annealers are made of them, and are easily taken for them"
+    for schedule in (func, dict(weight=func), dict(T=func)):
+        with pytest.raises(TypeError, match=f'it is a function of start, end and position. Write .*{said}'): as_schedules(schedule)
+
+# ---- Stages
+
+def by_hand(curve, pct, n): return curve(min(math.floor(pct*n), n - 1)/(n - 1))
+
+@pytest.mark.parametrize('n', [2, 3, 5, 8])
+def test_stages(n):
+    for annealer in (SchedLin(10, 1), SchedCos(.5, 1), SchedExp(8, 1)):
+        for pct in (np.arange(997) + .37)/997.1: # never close to an edge
+            assert Stages(annealer, n)(pct) == pytest.approx(by_hand(annealer, pct, n)), pct
+    assert Stages(cos, n).progress(.999) == 1 and Stages(cos, n).progress(0) == 0
+
+def test_edges_of_stages():
+    "A stage begins at its first step, though the fractions that fastai adds up are a little less"
+    held, pct, seen = Stages(SchedLin(4, 0), 5), 0., []
+    for step in range(50):
+        seen.append(held(pct))
+        pct += 1/50
+    assert seen == [4.]*10 + [3.]*10 + [2.]*10 + [1.]*10 + [0.]*10
+    assert held(-.001) == 4 and held(1.001) == 0
+
+def test_stages_do_what_their_curve_does():
+    assert as_schedules(Stages(cos, 5)) == dict(weight=Stages(cos, 5))
+    assert scheduled_value(Stages(lin, 2), .8, .6) == .8 and scheduled_value(Stages(SchedLin(8, 1), 2), .8, .6) == 1
+    assert scheduled_value(Stages(Stages(lin, 5), 3), .8, .4) == .8*Stages(lin, 5).progress(.5)
+    with pytest.raises(ValueError, match='which multiplies and is for the weight only'): as_schedules({'T': Stages(cos, 5)})
+
+def test_stages_are_values():
+    assert Stages(cos, 5) == Stages(Schedule(sched_cos), 5) != Stages(cos, 4) and len({Stages(cos, 5), Stages(cos, 5), Stages(lin, 5)}) == 2
+    assert pickle.loads(pickle.dumps(Stages(cos, 5))) == Stages(cos, 5)
+    with pytest.raises(FrozenInstanceError): Stages(cos, 5).n = 4
+    assert repr(Stages(SchedLin(10, 1), 5)) == 'Stages(SchedLin(10, 1), 5)'
+    assert repr(Stages(lin, 5)) == 'Stages(Schedule(sched_lin, 0→1 of training, 0→1), 5)'
+
+def test_plot_of_stages():
+    ax = Stages(SchedLin(10, 2), 5).plot(n_points=11)
+    np.testing.assert_allclose(ax.lines[0].get_data()[1], [10, 10, 8, 8, 6, 6, 4, 4, 2, 2, 2])
+    assert Stages(cos, 5).plot(ax) is ax and len(ax.lines) == 2
+
+@pytest.mark.parametrize('n', [1, 0, -2, 2.5, '5', None])
+def test_numbers_of_stages(n):
+    with pytest.raises(ValueError, match='n is a whole number of stages, at least 2'): Stages(cos, n)
+
+def test_stages_of_what_is_no_curve():
+    with pytest.raises(TypeError, match=r'the curve of `Stages` is .*`SchedCos\(start, end\)`'): Stages(sched_cos, 5)
+    with pytest.raises(TypeError, match='the curve of `Stages` is .* not 4'): Stages(4, 5)
+
 # ---- The whole curve is checked
 
 def positive(value):
@@ -145,7 +198,8 @@ def test_check_curve():
 
 @pytest.mark.parametrize('curve,pct', [(SchedLin(2, -1), '66.7%'), (SchedLin(0, 4), '0.0%'), (SchedCos(4, 0), '100.0%'),
     (combine_scheds([.5, .5], [SchedLin(4, 2), lambda pos: -1. if .2 < pos < .21 else 2.]), '60.[01]%'),
-    (lambda pct: math.nan if pct > .9995 else 1., '100.0%'), (lambda pct: -1. if pct else 1., '0.1%')])
+    (lambda pct: math.nan if pct > .9995 else 1., '100.0%'),
+    (Stages(SchedLin(4, 0), 5), '80.0%'), (lambda pct: -1. if pct else 1., '0.1%')])
 def test_check_curve_finds_where(curve, pct):
     with pytest.raises(ValueError, match=rf"T must be positive, not .* \(schedule of 'T' at {pct} of training\)$"):
         check_curve('T', curve, None, positive)

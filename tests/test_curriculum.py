@@ -1,0 +1,196 @@
+"A curriculum: who is ranked how, which samples an epoch draws, and that nothing of it stays."
+import pickle, pytest, torch
+from fastai.basics import DataLoader, DataLoaders, set_seed
+from fastai.callback.schedule import SchedLin
+from fastai.data.core import Datasets
+from fastai.vision.augment import RandTransform
+from fastkd.all import CachedTeacher, Ensemble, KnowledgeDistillationCallback, SoftTarget, StoredTeacher, cos, lin
+from fastkd.curriculum import Curriculum, sure_of_any, sure_of_label
+from fastkd.schedules import Stages
+from helpers import At, digits, fitted, learner, raising, same, started, trained_teacher, weights
+
+def easiest(teacher, n=100):
+    "By hand: positions by the probability of the label"
+    x, y = (torch.stack([torch.as_tensor(o[i]) for o in digits()[:n]]) for i in (0, 1))
+    with torch.no_grad(): return teacher.eval()(x).softmax(1)[range(n), y].argsort(descending=True).tolist()
+
+class Drawn:
+    "What each epoch drew, and what it delivered"
+    def __init__(self):
+        self.positions, self.n_batches, self.images = [], [], []
+        self.cbs = [At('after_train', self.keep, nth=0), At('before_batch', self.see, nth=0)]
+
+    def see(self, learn):
+        if learn.training: self.images.append(learn.xb[0].clone())
+
+    def keep(self, learn):
+        self.positions.append(list(learn.dls.train._DataLoader__idxs))
+        self.n_batches.append(learn.n_iter)
+
+def test_epochs_draw_the_easiest():
+    "A fixed number of samples, from a growing share; the whole set in the order in which it would have come"
+    teacher, drawn, learn = trained_teacher(), Drawn(), learner()
+    order = easiest(teacher)
+    learn.fit(4, cbs=[Curriculum(teacher, start=.5), *drawn.cbs])
+    assert [len(o) for o in drawn.positions] == [100]*4 and drawn.n_batches == [4]*4
+    for positions, n in zip(drawn.positions, (50, 75, 100, 100)): assert {*positions} == {*order[:n]}
+    assert max(map(drawn.positions[0].count, range(100))) == 2 and [drawn.positions[1].count(i) for i in range(100)].count(2) <= 25
+    assert torch.equal(drawn.images[0], torch.stack([digits()[i][0] for i in drawn.positions[0][:25]]))
+
+def test_the_whole_set_is_plain_training():
+    "With `start=1` not a bit is different, though the teacher ranked"
+    plain, with_one = (fitted(learner(), cbs) for cbs in ([], [Curriculum(trained_teacher(), start=1.)]))
+    assert same(weights(plain.model), weights(with_one.model))
+
+def test_steps_and_schedules_are_those_of_a_fit_without():
+    seen = {}
+    for name, cbs in dict(plain=[], curriculum=[Curriculum(trained_teacher(), start=.3, schedule=cos)]).items():
+        learn, pcts = learner(), []
+        learn.fit_one_cycle(3, 1e-2, cbs=[*cbs, At('before_batch', lambda learn: pcts.append((learn.training, learn.pct_train)), nth=0)])
+        seen[name] = learn.recorder.lrs, pcts
+    assert seen['plain'] == seen['curriculum']
+
+@pytest.mark.parametrize('schedule,expected', [(lin, [.2, .4, .6, .8]), (SchedLin(.1, .9), [.1, .3, .5, .7]),
+    (Stages(SchedLin(.2, 1), 2), [.2, .2, 1, 1]), (Stages(lin, 2), [.2, .2, 1, 1])])
+def test_shares(schedule, expected):
+    curriculum = Curriculum(None, start=.2, schedule=schedule)
+    assert [curriculum.share(epoch/4) for epoch in range(4)] == pytest.approx(expected)
+
+def test_at_least_a_batch():
+    drawn = Drawn()
+    learner().fit(1, cbs=[Curriculum(trained_teacher(), start=.01), *drawn.cbs])
+    assert len({*drawn.positions[0]}) == 25
+
+def test_by_entropy_and_by_hand():
+    teacher, curriculum = trained_teacher().eval(), Curriculum(trained_teacher(), by=sure_of_any)
+    learner().fit(1, cbs=curriculum)
+    x = torch.stack([o[0] for o in digits()[:100]])
+    with torch.no_grad(): p = teacher(x).softmax(1)
+    assert curriculum.ranking.tolist() == (-(p*p.log()).sum(1)).argsort().tolist()
+    late = Curriculum(teacher, by=lambda pred, target, axis: target.float())
+    learner().fit(1, cbs=late)
+    assert [digits()[i][1].item() for i in late.ranking] == sorted((o[1].item() for o in digits()[:100]), reverse=True)
+
+def test_easiness_of_positions():
+    "Dense labels: the mean over positions whose label is a class"
+    z, y = torch.randn(2, 3, 4, 4), torch.randint(3, (2, 4, 4))
+    y[0, 0], y[1, :, 1] = -100, 255
+    log_probs = z.log_softmax(1)
+    of = lambda i: [log_probs[i, y[i, a, b], a, b] for a in range(4) for b in range(4) if 0 <= y[i, a, b] < 3]
+    by_hand = [torch.stack(of(i)).mean() for i in (0, 1)]
+    torch.testing.assert_close(sure_of_label(z, y), torch.stack(by_hand))
+    torch.testing.assert_close(sure_of_label(z.movedim(1, -1), y, axis=-1), torch.stack(by_hand))
+    torch.testing.assert_close(sure_of_any(z), (log_probs.exp()*log_probs).sum(1).mean((1, 2)))
+    with pytest.raises(ValueError, match='by=sure_of_any'): sure_of_label(z, torch.randn(2, 3))
+
+@pytest.mark.parametrize('make', [lambda o: o, CachedTeacher, lambda o: [o, o], lambda o: Ensemble([o], weights='confidence'),
+    lambda o: learner(o), lambda o: StoredTeacher(o.eval()(torch.stack([x for x, y in digits()[:100]])).detach())])
+def test_any_teacher(make):
+    curriculum = Curriculum(make(trained_teacher()))
+    learner().fit(1, cbs=curriculum)
+    assert curriculum.ranking.tolist() == easiest(trained_teacher())
+
+def test_the_cache_is_filled_once():
+    cached, passes = CachedTeacher(trained_teacher()), []
+    cached.teacher.module.register_forward_hook(lambda module, args, output: passes.append(len(args[0])))
+    learner().fit(3, cbs=[Curriculum(cached), KnowledgeDistillationCallback(cached, SoftTarget())])
+    assert sum(passes) - passes.count(1) == 100 # and single samples, for checks
+
+def test_positions_are_right():
+    "What looks answers up by positions finds those of the samples that came"
+    preds = trained_teacher().eval()(torch.stack([x for x, y in digits()[:100]])).detach()
+    runs = [fitted(learner(), [Curriculum(trained_teacher()), KnowledgeDistillationCallback(o, SoftTarget())])
+        for o in (trained_teacher(), StoredTeacher(preds))]
+    torch.testing.assert_close(*(torch.cat([p.flatten() for p in learn.model.parameters()]) for learn in runs), atol=1e-4, rtol=1e-4)
+
+# ---- Nothing stays
+
+@pytest.mark.parametrize('event', ['before_train', 'before_batch', 'after_backward', 'before_validate'])
+@pytest.mark.parametrize('exc', [KeyboardInterrupt, RuntimeError])
+def test_nothing_stays_after_an_interrupt(event, exc):
+    learn = learner()
+    with pytest.raises(exc): learn.fit(2, cbs=[Curriculum(trained_teacher()), At(event, raising(exc), order=200)])
+    assert 'get_idxs' not in vars(learn.dls.train)
+    learn.dls.train.one_batch()
+    assert sorted(learn.dls.train._DataLoader__idxs) == [*range(100)]
+
+def test_get_idxs_of_the_user_comes_back():
+    order = [*range(50), *range(50)]
+    learn, drawn = learner(), Drawn()
+    learn.dls.train.get_idxs = own = lambda: order
+    learn.fit(1, cbs=[Curriculum(trained_teacher()), *drawn.cbs])
+    easiest_30 = easiest(trained_teacher())[:30]
+    easy = [i for i in order if i in easiest_30]
+    assert vars(learn.dls.train)['get_idxs'] is own and drawn.positions[0] == (easy*100)[:100]
+
+def test_no_easy_sample_in_reach():
+    learn = learner()
+    hard = easiest(trained_teacher())[50:]
+    learn.dls.train.get_idxs = lambda: hard
+    with pytest.raises(ValueError, match='none of the easy samples'): learn.fit(1, cbs=Curriculum(trained_teacher()))
+
+def test_lr_find_leaves_nothing():
+    learn = learner(cbs=Curriculum(trained_teacher()))
+    before, positions = weights(learn.model), [*learn.dls.train.get_idxs()]
+    learn.lr_find(num_it=6, show_plot=False)
+    assert same(before, weights(learn.model)) and 'get_idxs' not in vars(learn.dls.train) and len(positions) == 100
+
+def test_inference_inside_a_fit():
+    "Predictions on the training set in the middle of a fit are in the order of the dataset"
+    learn, seen = learner(), []
+    def look(learn): seen.append(learn.get_preds(ds_idx=0)[1].tolist())
+    learn.fit(2, cbs=[Curriculum(trained_teacher()), At('before_train', look, order=200, nth=0), At('after_train', look, nth=0)])
+    assert all(sorted(o) == sorted(y.item() for _, y in digits()[:100]) for o in seen)
+
+def test_export_leaves_the_teacher_behind(tmp_path):
+    learn = learner(cbs=Curriculum(trained_teacher()), path=tmp_path)
+    learn.fit(1)
+    again = pickle.loads(pickle.dumps(learn.curriculum))
+    assert again.teacher is None and again.ranking is None and again.start == .3
+    learn.curriculum.teacher = None
+    learn.validate()
+    with pytest.raises(RuntimeError, match='learn.curriculum.teacher = teacher'): learn.fit(1)
+
+class Noise(RandTransform):
+    "Augmentation that hides the image"
+    def encodes(self, x: torch.Tensor): return x + 100*torch.randn_like(x)
+
+def test_random_transforms_are_off_while_ranking():
+    items = list(range(100))
+    dsets = Datasets(items, [[lambda i: digits()[i][0], Noise(p=1.)], [lambda i: digits()[i][1]]], splits=[items, items[:25]])
+    dls = dsets.dataloaders(bs=25, num_workers=0, device='cpu')
+    learn = learner()
+    learn.dls, curriculum, drawn = dls, Curriculum(trained_teacher()), Drawn()
+    learn.fit(1, cbs=[curriculum, *drawn.cbs])
+    assert curriculum.ranking.tolist() == easiest(trained_teacher())
+    assert dls.train_ds.split_idx == 0 and drawn.images[0].std() > 10 # training is augmented as ever
+
+def test_random_numbers_are_the_students():
+    set_seed(3)
+    learn, states = started(learner()), []
+    learn.fit(1, cbs=[At('before_train', lambda learn: states.append(torch.get_rng_state()), order=o) for o in (99, 101)]
+        + [Curriculum(trained_teacher())])
+    assert torch.equal(*states)
+
+# ---- Errors before training
+
+@pytest.mark.parametrize('kwargs', [dict(start=0), dict(start=1.5), dict(schedule=SchedLin(.3, 1.2)), dict(schedule=SchedLin(0, 1))])
+def test_shares_out_of_range(kwargs):
+    with pytest.raises(ValueError, match='above 0 and at most 1'): Curriculum(None, **kwargs)
+
+def test_errors():
+    with pytest.raises(TypeError, match='schedule is a `Schedule`'): Curriculum(None, schedule=None)
+    with pytest.raises(TypeError, match='the teacher comes first'): learner().fit(1, cbs=Curriculum('resnet'))
+    by = lambda pred, target, axis: pred
+    with pytest.raises(ValueError, match='returns a number for each sample'): learner().fit(1, cbs=Curriculum(trained_teacher(), by=by))
+    broken = trained_teacher()
+    broken.head[-1].bias.data[0] = float('nan')
+    with pytest.raises(ValueError, match='gives no number to sample 0'): learner().fit(1, cbs=Curriculum(broken))
+
+def test_loaders_without_positions():
+    batches = DataLoader(iter(digits()[:50]), bs=25, n=50)
+    learn = learner()
+    learn.dls = DataLoaders(batches, learn.dls.valid)
+    before = weights(learn.model)
+    with pytest.raises(ValueError, match='which these loaders do not supply'): learn.fit(1, cbs=Curriculum(trained_teacher()))
+    assert same(before, weights(learn.model))
