@@ -1,6 +1,7 @@
 "Losses on activations, from their papers, in float64 and without torch."
 import formulas as f, math, numpy as np, torch
 from cases import Case
+from functools import cache
 from fastkd.losses.feature import FSP, NST, ActivationBoundaries, Attention, ChannelWise, FitNet, MarginReLU
 from torch import nn
 
@@ -35,6 +36,7 @@ CASES += [Case(ActivationBoundaries(), lambda g: activation_boundaries(*adapted(
 
 # ---- Margin ReLU
 
+@cache
 def negative_mean(mean, std):
     "E[x | x < 0] of a normal distribution by integration; -3 deviations where no more than .001 of it is negative"
     std = abs(std)

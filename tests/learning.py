@@ -2,7 +2,7 @@
 import pytest, torch
 from fastkd.all import *
 from fastkd.losses.core import Loss
-from helpers import seeded, trained_teacher
+from helpers import seeded, slow, trained_teacher
 from torch import nn
 
 def KD(*args, **kwargs): return KnowledgeDistillationCallback(*args, **kwargs)
@@ -27,6 +27,7 @@ def with_masks(): return KD(trained_teacher(), MaskedGenerative(), 'block2', 'bl
 
 KINDS = fitnet, projected, with_banks, with_queue, with_masks
 each_kind = pytest.mark.parametrize('make', KINDS)
+two_kinds = pytest.mark.parametrize('make', [fitnet, with_banks, *map(slow, [projected, with_queue, with_masks])]) # the others in the slow tier
 
 def adapters(cb): return {name: p.detach().clone() for name, p in cb.loss.named_parameters()}
 

@@ -30,7 +30,7 @@ def python(code, **kwargs): return run(sys.executable, '-W', 'ignore', '-c', cod
 # ---- Notebooks
 
 FORKS = get_context('forkserver')
-FORKS.set_forkserver_preload(['nbdev.test', 'fastai.learner'])
+FORKS.set_forkserver_preload(['nbdev.test', 'fastai.vision.all', 'matplotlib.pyplot', 'fastkd.all']) # what most of them import
 
 def passes(path, skip):
     "Run a notebook in a process of its own: what it patches, seeds and leaves open ends with it"
@@ -102,6 +102,7 @@ def test_lines_are_short():
     lines = [(path.name, line) for path, texts in code.items() for text in texts for line in text.splitlines()]
     assert [(name, line[:60]) for name, line in lines if len(line) > 140 and not line.startswith('#| fig-alt')] == []
 
+@pytest.mark.slow # `.ci/run` asks the checker itself
 def test_style(tmp_path):
     "The checker finds nothing, without pragmas and settings that would silence it, and finds what is planted"
     (tmp_path/'planted.py').write_text('if planted:\n    found()\n')

@@ -1,8 +1,8 @@
 "What the losses learn: that they learn, that it can be saved, and that files of the learner know nothing of it."
 import io, pytest, torch
 from fastkd.all import *
-from helpers import At, OnCPU, convnet, fitted, learner, named_learner, raising, same, seeded, trained_teacher, weights
-from learning import each_kind, fitnet, learned, with_banks, with_masks, with_queue
+from helpers import At, OnCPU, convnet, fitted, learner, named_learner, raising, same, seeded, slow, trained_teacher, weights
+from learning import each_kind, fitnet, learned, two_kinds, with_banks, with_masks, with_queue
 from fastai.basics import CancelStepException, SGD
 from fastai.callback.training import GradientClip
 from functools import partial
@@ -104,7 +104,7 @@ def through_a_file(cb):
     return torch.load(file, weights_only=True)
 
 @each_kind
-@pytest.mark.parametrize('save', [in_memory, through_a_file])
+@pytest.mark.parametrize('save', [slow(in_memory), through_a_file])
 def test_resume(make, save, tmp_path):
     "Two fits in one place, and two fits in two places, are the same"
     whole, cb_whole = learner(path=tmp_path), make()
@@ -142,7 +142,7 @@ def test_resume_of_a_span():
     fitted(learn, other)
     assert learn.recorder.distillation['weight'] == pytest.approx([.5*(8 + i)/16 for i in range(8)])
 
-@each_kind
+@two_kinds
 def test_export_in_between_changes_nothing(make, tmp_path):
     "fastai makes a new optimizer with the old state; the learned parts keep theirs, too"
     plain, exported = [(named_learner(seeded(convnet, 4), path=tmp_path), make()) for _ in range(2)]

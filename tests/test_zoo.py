@@ -68,7 +68,7 @@ def test_gradcheck(case):
     turned = (lambda o: 2*o.detach() - o) if 'student' in case.opposed else (lambda o: o) # the same value, the opposite gradient
     assert torch.autograd.gradcheck(lambda *tensors: call(**with_students(given, [turned(o) for o in tensors])), leaves)
 
-few = settings(max_examples=10)
+few = settings(max_examples=5)
 
 def grown(shape, n, more):
     "A shape with `n` samples, and `more` rows and columns of maps or classes of logits"
