@@ -75,5 +75,6 @@ if __name__ == '__main__':
     head = f'{args.rows} positions, {N_CLASSES} classes; memory in units of the logits, their gradient included. {machine}.'
     tail = f'8192 positions, 1.07 GB of logits, SoftTarget in chunks: {largest:.2f} times the logits.'
     (args.out/'logits.md').write_text('\n'.join([head, '', *lines, '', tail, '']))
-    (args.out/'logits.json').write_text(json.dumps(dict(machine=machine, rows=args.rows, found=found, kept=kept, largest=largest), indent=1) + '\n')
+    results = dict(machine=machine, rows=args.rows, found=found, kept=kept, largest=largest)
+    (args.out/'logits.json').write_text(json.dumps(results, indent=1) + '\n')
     print(head, '', *lines, '', tail, sep='\n')

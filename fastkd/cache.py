@@ -225,7 +225,9 @@ def character(
     return digest.digest()
 
 # %% ../nbs/23_cache.ipynb #23c000b3
-def _weights(teacher): return [named for model in map(unwrap_model, teacher.modules()) for named in (*model.named_parameters(), *model.named_buffers())]
+def _weights(teacher):
+    models = map(unwrap_model, teacher.modules())
+    return [named for model in models for named in (*model.named_parameters(), *model.named_buffers())]
 
 def identity(
     teacher:Teacher, # Whose answers are kept

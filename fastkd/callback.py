@@ -271,7 +271,7 @@ def before_fit(self:KnowledgeDistillationCallback):
         problem=None, blamed=None, before=None, suffix=self._suffix())
     if hasattr(self.learn, 'lr_finder'): self._fit.before = self.state_dict()
     if self.span and self._epochs_done >= self.span: self._epochs_done = 0
-    if any(map(_is_compiled, [self.learn.model, *teacher.modules()])): torch._dynamo.reset() # what was traced before would not call our hooks
+    if any(map(_is_compiled, [self.learn.model, *teacher.modules()])): torch._dynamo.reset() # earlier traces do not call our hooks
     self._add_columns()
 
 # %% ../nbs/30_callback.ipynb #02d6857b

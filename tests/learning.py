@@ -27,7 +27,7 @@ def with_masks(): return KD(trained_teacher(), MaskedGenerative(), 'block2', 'bl
 
 KINDS = fitnet, projected, with_banks, with_queue, with_masks
 each_kind = pytest.mark.parametrize('make', KINDS)
-two_kinds = pytest.mark.parametrize('make', [fitnet, with_banks, *map(slow, [projected, with_queue, with_masks])]) # the others in the slow tier
+two_kinds = pytest.mark.parametrize('make', [fitnet, with_banks, *map(slow, [projected, with_queue, with_masks])])
 
 def adapters(cb): return {name: p.detach().clone() for name, p in cb.loss.named_parameters()}
 

@@ -429,7 +429,8 @@ def test_build_looks_at_the_named_prediction():
 
 @pytest.mark.parametrize('loss,kwargs,said', [(Attention, dict(pred='a'), 'asks for a pred and has none'),
     (lambda: SoftTarget().on(pred='a'), dict(pred='b'), 'asks for a pred and has none'),
-    (SoftTarget, dict(teacher_pred=3), 'by their names'), (SoftTarget, {}, 'compares predictions')], ids=['features', 'twice', 'number', 'nothing'])
+    (SoftTarget, dict(teacher_pred=3), 'by their names'), (SoftTarget, {}, 'compares predictions')],
+    ids=['features', 'twice', 'number', 'nothing'])
 def test_predictions_of_nobody(loss, kwargs, said):
     with pytest.raises((ValueError, TypeError), match=said): loss().on(**kwargs)
     with pytest.raises(ValueError, match=r'needs pred \(logits'): Logits().on(pred='aux').values(**batch())
