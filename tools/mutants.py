@@ -23,7 +23,7 @@ class Mutant(NamedTuple):
     also: tuple = () # Further pairs of old and new, where one change alone does no harm
 
 CB, LEARNED, TEACHERS, LEARNERS, MODULES = (f'{o}.py' for o in ('callback', 'learned', 'teachers', 'learners', 'modules'))
-SAVED = 'checkpoints.py'
+SAVED, MEMORY, MUTUAL, ITSELF, UNLABELLED = (f'{o}.py' for o in ('checkpoints', 'cache', 'mutual', 'itself', 'unlabelled'))
 CORE, RESPONSE, FEATURE, RELATION = (f'losses/{o}.py' for o in ('core', 'response', 'feature', 'relation'))
 FORMULA = 'test_zoo.py::test_value_and_every_gradient'
 
@@ -140,10 +140,11 @@ LOOP = [
     Mutant('no advice on labels that coexist', CB,
         "    said |= classes_that_coexist(given['target'], given['teacher_pred'], self.loss, self._fit.axis)\n", '',
         'test_callback.py::test_labels_that_coexist[SoftTarget-False]'),
-    Mutant('no advice on parts that are too quiet', CB, 'if weight > 0 and not _is_compiled(self.learn.model):', 'if False:',
+    Mutant('no advice on parts that are too quiet', CB,
+        'if weight > 0 and not teacher.starts_silent and not _is_compiled(self.learn.model):', 'if False:',
         'test_callback.py::test_attention_at_half_on_resnets'),
     Mutant('no advice on a teacher at chance', CB,
-        "dict(chance=teacher_at_chance(given['teacher_pred'], given['target'], self._mask(), self._fit.axis))", 'dict()',
+        "said['chance'] = teacher_at_chance(given['teacher_pred'], given['target'], self._mask(), self._fit.axis)", 'pass',
         'test_callback.py::test_advice_is_given_once'),
     Mutant('a class that the teacher rules out is an error', CB, '(value.isnan() | (value == math.inf)).any()',
         'not value.isfinite().all()', 'test_callback.py::test_teacher_that_rules_out_a_class'),
@@ -159,8 +160,8 @@ LOOP = [
         'test_loop_faults.py::test_batches_without_labels'),
     Mutant('the student that was there first is heard', CB, '    self._fit.captures.model = unwrap_model(self.learn.model) #', '    #',
         'test_loop_compression.py::test_replaced_model'),
-    Mutant('compiled code of an earlier fit is kept', CB, 'if any(map(_is_compiled, models)): torch', 'if False: torch',
-        'test_loop_models.py::test_compiled_student[eager-True]'),
+    Mutant('compiled code of an earlier fit is kept', CB, 'if any(map(_is_compiled, [self.learn.model, *teacher.modules()])): torch',
+        'if False: torch', 'test_loop_models.py::test_compiled_student[eager-True]'),
     Mutant('DataParallel over several devices goes on', CB, 'if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:',
         'if False:', 'test_loop_models.py::test_data_parallel_over_several'),
     Mutant('a span is over after its epochs', CB, 'if self.span and self._epochs_done >= self.span: self._epochs_done = 0', 'pass',
@@ -290,15 +291,15 @@ LOSSES = [
         'test_losses.py::test_pkt'),
     Mutant('RKD without its scale', RELATION, 'return rescaled(d, d.sum()/(d > 0).sum().clamp(min=1))', 'return d',
         f'{FORMULA}[RKD(distance=25.0, angle=50.0)-0]'),
-    Mutant('autocast on inside a loss', CORE, 'with torch.autocast(_device_type([*args, *kwargs.values()]), enabled=False): return',
-        'return', 'test_losses.py::test_half_precision'),
+    Mutant('autocast on inside a loss', CORE, 'with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else',
+        'with', 'test_losses.py::test_half_precision'),
     Mutant('half precision stays half', CORE,
-        'full = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) and inputs.numel() <= most else inputs',
-        'full = inputs', 'test_losses.py::test_half_precision'),
+        'full = inputs.float() if inputs.dtype in _HALF and inputs.numel() <= most else inputs', 'full = inputs',
+        'test_losses.py::test_half_precision'),
     Mutant('float64 is cut to float32', CORE,
-        'inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) and inputs.numel() <= most else inputs',
+        'inputs.float() if inputs.dtype in _HALF and inputs.numel() <= most else inputs',
         'inputs.float() if inputs.is_floating_point() else inputs', 'test_losses.py::test_float64_stays'),
-    Mutant('mask has no say', CORE, 'return mean_by_chunks(self, fit_mask(mask, row_shape(pred, axis)), *rows)',
+    Mutant('mask has no say', CORE, 'return mean_by_chunks(self, None if mask is None else fit_mask(mask, row_shape(pred, axis)), *rows)',
         'return mean_by_chunks(self, None, *rows)', 'test_losses.py::test_mask'),
     Mutant('mean over all positions of a prediction, masked ones too', CORE, 'values = [o[mask] for o in values]',
         'values = [o*mask.view(-1, 1) for o in values]', 'test_losses.py::test_mask'),
@@ -326,7 +327,36 @@ LOSSES = [
         '        super().__setattr__',
         'test_losses.py::test_settings_out_of_range')]
 
-MUTANTS = TEACHER + LOOP + CHECKPOINTS + PROCESSES + ADAPTERS + ACTIVATIONS + LOSSES
+SCHEMES = [ # who teaches whom
+    Mutant('all parts hear the mean of an ensemble', CORE, 'if name in self.wants and layer is not None:', 'if False:',
+        'test_sums.py::test_prediction_of_a_layer'),
+    Mutant('what a teacher hears has a graph', CB, 'student_pred=pred.detach', 'student_pred=lambda: pred',
+        'test_ensemble.py::test_a_teacher_that_hears_the_student[alone]'),
+    Mutant('a peer listens to itself', MUTUAL, "'predictions.') and layer != own", "'predictions.')",
+        'test_mutual.py::test_one_step_by_hand'),
+    Mutant('the ensemble learns in the place of the peers', MUTUAL,
+        'torch.stack([self.learn.loss_func(pred, *yb) for pred in preds]).mean()', 'self.learn.loss_func(pred, *yb)',
+        'test_mutual.py::test_one_step_by_hand'),
+    Mutant('peers get a share of their gradient', MUTUAL, 'self.learn.loss_grad*len(unwrap_model(self.learn.model).students)',
+        'self.learn.loss_grad', 'test_mutual.py::test_weight_zero'),
+    Mutant('the mean teacher has no statistics', ITSELF, 'now.lerp_(mean, decay)', 'pass', 'test_itself.py::test_mean_of_states'),
+    Mutant('each view hears itself', ITSELF, 'rows.unflatten(0, (-1, 2)).flip(1)', 'rows.unflatten(0, (-1, 2))',
+        'test_itself.py::test_other_view_by_hand'),
+    Mutant('unlabelled samples in the task loss', UNLABELLED, 'lambda o: o[:n] if', 'lambda o: o if',
+        'test_unlabelled.py::test_each_loss_by_hand'),
+    Mutant('unsure pseudo labels count', UNLABELLED, '.amax(axis) >= self.least', '.amax(axis) >= 0.',
+        'test_unlabelled.py::test_confident_by_hand'),
+    Mutant('generations train again', 'generations.py', 'if file and file.exists():', 'if False:', 'test_generations.py::test_killed')]
+
+CACHE = [ # what is remembered
+    Mutant('some bits do not count', MEMORY, 'else row[0], digest', 'else row[0][:16], digest', 'test_cache.py::test_neighbours_differ'),
+    Mutant('a cache mixes up its rows', MEMORY, 'merged[known], merged[new] = rows, fresh',
+        'merged[known], merged[new] = rows.flip(0), fresh', 'test_cache.py::test_against_a_model_in_memory'),
+    Mutant('other weights, same answers', MEMORY, 'self.versions, self.epoch_start, self.n_epoch = None,',
+        'self.versions, self.epoch_start, self.n_epoch = self.versions,', 'test_cache.py::test_weights_changed_out_of_sight'),
+    Mutant('a cache knows no limit', MEMORY, 'self.n_bytes > self.max_bytes: self', 'False: self', 'test_cache.py::test_oldest_out_first')]
+
+MUTANTS = TEACHER + LOOP + CHECKPOINTS + PROCESSES + ADAPTERS + ACTIVATIONS + LOSSES + SCHEMES + CACHE
 
 # ---- Running them: each in a copy of the project, in a process of its own that finds torch and fastai imported
 
