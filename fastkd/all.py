@@ -3,6 +3,7 @@ from fastkd.cache import CachedTeacher
 from fastkd.callback import *
 from fastkd.checkpoints import *
 from fastkd.ensemble import Ensemble
+from fastkd.export import OnnxModel, export_onnx, export_program, quantize_onnx
 from fastkd.losses.core import *
 from fastkd.losses.dense import *
 from fastkd.losses.feature import *
@@ -12,6 +13,8 @@ from fastkd.losses.sequence import *
 from fastkd.losses.translators import *
 from fastkd.losses.zoo import *
 from fastkd.modules import *
+from fastkd.plots import AgreementCallback, plot_activations
+from fastkd.report import Report, report
 from fastkd.schedules import *
 from fastkd.stored import StoredTeacher
 from fastkd.teachers import *
