@@ -268,6 +268,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fastkd.export._check': ('export.html#_check', 'fastkd/export.py'),
                                'fastkd.export._inputs': ('export.html#_inputs', 'fastkd/export.py'),
                                'fastkd.export._need': ('export.html#_need', 'fastkd/export.py'),
+                               'fastkd.export._slim': ('export.html#_slim', 'fastkd/export.py'),
                                'fastkd.export.export_onnx': ('export.html#export_onnx', 'fastkd/export.py'),
                                'fastkd.export.export_program': ('export.html#export_program', 'fastkd/export.py'),
                                'fastkd.export.quantize_onnx': ('export.html#quantize_onnx', 'fastkd/export.py'),

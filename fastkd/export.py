@@ -119,9 +119,19 @@ def export_onnx(
         names = [f'input_{i}' for i in range(len(program.graph_signature.user_inputs))]
         torch.onnx.export(program, f=str(made), input_names=names, output_names=['logits'], opset_version=opset, dynamo=True,
             verbose=False, external_data=False)
+        _slim(made)
         _check(OnnxModel(made), learn, logits, tolerance)
     return OnnxModel(file)
 
+def _slim(file):
+    "Drop the notes of the exporter: where in the source code an operation comes from, and shapes, which are inferred anew"
+    onnx = _need('onnx')
+    model = onnx.load(file)
+    for noted in (model.graph, *model.graph.node, *model.graph.initializer): del noted.metadata_props[:]
+    del model.graph.value_info[:]
+    onnx.save(model, file)
+
+# %% ../nbs/43_export.ipynb #e36602cc
 def _check(exported, learn, logits, tolerance):
     "Raise unless the file says what torch says"
     xb, model = _inputs(learn), unwrap_model(learn.model)
@@ -154,13 +164,13 @@ def quantize_onnx(
     n_batches:int=10, # How many of them are used
 ) -> OnnxModel: # The file as a model
     "Save an exported model with weights of eight bits"
-    _need('onnx')
     quantization, source = _need('onnxruntime.quantization'), model if isinstance(model, OnnxModel) else OnnxModel(model)
     names = [o.name for o in source.session().get_inputs()]
     settings = dict(per_channel=True, weight_type=quantization.QuantType.QInt8)
     with _beside(file) as made:
         ready = made.with_name('ready.onnx')
         _need('onnxruntime.quantization.shape_inference').quant_pre_process(str(source.file), str(ready), skip_symbolic_shape=True)
+        _slim(ready)
         if dl is None: quantization.quantize_dynamic(str(ready), str(made), **settings)
         else:
             with as_found([], dl): quantization.quantize_static(str(ready), str(made), _Batches(dl, names, n_batches), **settings)

@@ -251,8 +251,11 @@ def latencies(
 def _batch(xb, n):
     "The samples of `xb`, repeated or cut to `n`"
     bs = len(next(_tensors(xb)))
-    chosen = torch.arange(n) % bs
-    return apply(lambda x: x.as_subclass(Tensor)[chosen.to(x.device)] if isinstance(x, Tensor) and x.ndim and len(x) == bs else x, tuple(xb))
+    def resized(x):
+        if not isinstance(x, Tensor) or not x.ndim or len(x) != bs: return x
+        return x.as_subclass(Tensor)[torch.arange(n, device=x.device) % bs]
+
+    return apply(resized, tuple(xb))
 
 def _costs(models, inputs, batch_sizes, n_threads, n_runs):
     "Rows of the table: name, then a number for each model"
@@ -335,8 +338,9 @@ def _by_class(comparison, learn):
     sums = pd.DataFrame(comparison.sums.numpy(), columns=_SUMS)
     names = class_names(learn)
     if names is not None and len(names) == len(sums): sums.index = names
-    shares = {name: 100*sums[key]/sums['count'] for name, key in {'student, %': 'student', 'teacher, %': 'teacher', 'agreement, %': 'same'}.items()}
-    return pd.DataFrame(dict(count=sums['count'].astype(int), **shares))
+    shares = 100*sums[['student', 'teacher', 'same']].div(sums['count'], axis=0)
+    shares.columns = 'student, %', 'teacher, %', 'agreement, %'
+    return shares.assign(count=sums['count'].astype(int))[['count', *shares.columns]]
 
 def _in_order(values, dl):
     "By position in the dataset, where the loader came by all of them in another order"

