@@ -4,6 +4,7 @@ from fastkd.callback import *
 from fastkd.checkpoints import *
 from fastkd.curriculum import Curriculum, sure_of_any, sure_of_label
 from fastkd.ensemble import Ensemble
+from fastkd.export import OnnxModel, export_onnx, export_program, quantize_onnx
 from fastkd.generations import *
 from fastkd.initialisation import *
 from fastkd.itself import *
@@ -18,6 +19,8 @@ from fastkd.losses.translators import *
 from fastkd.losses.zoo import *
 from fastkd.modules import *
 from fastkd.mutual import *
+from fastkd.plots import AgreementCallback, plot_activations
+from fastkd.report import Report, report
 from fastkd.schedules import *
 from fastkd.stored import StoredTeacher
 from fastkd.teachers import *

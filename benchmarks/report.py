@@ -1,0 +1,61 @@
+"""Does `report` tell the time that a loop written by hand finds? And do its counts agree with published ones?
+
+`python -m benchmarks.report [--rounds 40] [--out benchmarks]` writes report.md and report.json. Both ways of measuring take turns in
+one process with one thread, round by round, so that a busy machine slows both; what counts is the ratio of the medians of all rounds. The
+loop is also compared with itself: that ratio says how finely the machine can tell times apart while it does other work."""
+import json, platform, statistics, time, torch, torchvision
+from argparse import ArgumentParser
+from fastkd.report import latencies, macs
+from functools import partial
+from pathlib import Path
+
+# GMACs at 224x224 and millions of parameters, of torchvision's table of models
+PUBLISHED = dict(resnet18=(1.814, 11.69), mobilenet_v2=(.300, 3.50))
+
+def by_hand(model, x, n):
+    "Milliseconds of `n` calls, as one would write it without a library"
+    taken = []
+    for i in range(n + 3): # the first three are not counted
+        start = time.perf_counter()
+        model(x)
+        if i >= 3: taken.append(1000*(time.perf_counter() - start))
+    return taken
+
+def by_report(model, x, n): return [1000*o for o in latencies(dict(model=partial(model, x)), n)['model']]
+
+def contest(model, x, rounds, n=3):
+    "Medians of each way; they take turns, now in one order and now in the other"
+    ways = dict(report=by_report, loop=by_hand, again=by_hand) # the same loop twice: what differs between them is the machine
+    taken = {name: [] for name in ways}
+    for i in range(rounds):
+        for name in list(ways)[::1 if i % 2 else -1]: taken[name] += ways[name](model, x, n)
+    return {name: statistics.median(o) for name, o in taken.items()}
+
+NOTE = 'Where the loop is further than 5 % from itself, the machine was too busy for its row to say anything of `report`.'
+HEAD = ['| model | GMACs | published | million parameters | published | batch | ms, report | ms, loop | report to loop | loop to itself |',
+    '|---' * 10 + '|']
+
+if __name__ == '__main__':
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--rounds', type=int, default=40, help='rounds of three calls each')
+    parser.add_argument('--size', type=int, default=64, help='height and width of the images that are timed')
+    parser.add_argument('--out', type=Path, default=Path('benchmarks'), help='folder for report.md and report.json')
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    lines, found = [*HEAD], {}
+    for name, (gmacs, millions) in PUBLISHED.items():
+        torch.manual_seed(0)
+        model = getattr(torchvision.models, name)().eval()
+        counts = macs(model, torch.randn(1, 3, 224, 224))/1e9, sum(p.numel() for p in model.parameters())/1e6
+        for bs in (1, 4):
+            with torch.no_grad(): times = contest(model, torch.randn(bs, 3, args.size, args.size), args.rounds)
+            ratio, control = times['report']/times['loop'], times['again']/times['loop']
+            found[f'{name} {bs}'] = dict(gmacs=counts[0], million_parameters=counts[1], **times, ratio=ratio, control=control)
+            lines.append(f'| {name} | {counts[0]:.3f} | {gmacs:.3f} | {counts[1]:.2f} | {millions:.2f} | {bs} | {times["report"]:.2f} | '
+                f'{times["loop"]:.2f} | {ratio:.3f} | {control:.3f} |')
+            print(lines[-1], flush=True)
+    about = f'`python -m benchmarks.report --rounds {args.rounds}`, torch {torch.__version__}, {platform.machine()}, one thread.'
+    args.out.joinpath('report.md').write_text('\n'.join(['# What `report` measures', '', about, NOTE, '', *lines, '']))
+    args.out.joinpath('report.json').write_text(json.dumps(found, indent=1) + '\n')
+    far = [name for name, o in found.items() if abs(o['ratio'] - 1) > .05]
+    print(f'further than 5 % from the loop: {", ".join(far) or "none"}')

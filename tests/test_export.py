@@ -1,0 +1,124 @@
+"What is in an exported file, that it says what torch says, and what its eight-bit version loses."
+import copy, onnx, pickle, pytest, sys, torch
+from fastai.basics import CrossEntropyLossFlat, Learner, set_seed
+from fastai.metrics import accuracy
+from fastkd.all import FitNet, KnowledgeDistillationCallback, SoftTarget
+from fastkd.demo import digits
+from fastkd.export import OnnxModel, export_onnx, export_program, quantize_onnx, traced
+from fastkd.report import report
+from functools import cache
+from helpers import At, convnet, is_unchanged, learner, loaders, n_hooks, quiet, state, trained_teacher
+from torch import nn
+
+class Tokens(nn.Module):
+    "A small transformer that reads a digit row by row"
+    def __init__(self, width=32):
+        super().__init__()
+        self.embed, self.place = nn.Linear(8, width), nn.Parameter(torch.randn(8, width)*.02)
+        layer = nn.TransformerEncoderLayer(width, 4, 2*width, dropout=0., batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(width, 10)
+
+    def forward(self, x): return self.head(self.encoder(self.embed(x.squeeze(1)) + self.place).mean(1))
+
+MODELS = dict(cnn=(lambda: convnet(8), 6, 2e-2), transformer=(Tokens, 12, 1e-2))
+
+@cache
+def trained(name):
+    "A learner that reads the digits of the demo well"
+    set_seed(0)
+    data, (make, n_epoch, lr) = digits(), MODELS[name]
+    dls = loaders(list(zip(*data['pool'])), list(zip(*data['valid'])), bs=50)
+    learn = quiet(Learner(dls, make(), CrossEntropyLossFlat(), metrics=accuracy))
+    learn.fit_one_cycle(n_epoch, lr)
+    return learn
+
+def small(**kwargs): return learner(n=50, **kwargs)
+
+def test_the_student_alone(tmp_path):
+    "In the middle of a fit with a teacher and an adapter, the file holds the student's weights and nothing else"
+    learn, made, before = small(), [], []
+    def export(learn):
+        before.append(state(learn.model))
+        made.append(export_onnx(learn, tmp_path/'student.onnx'))
+        assert is_unchanged(learn.model, before[0]) and learn.model.training
+        x, model = learn.xb[0], copy.deepcopy(learn.model).eval()
+        for n in (1, 7): assert torch.allclose(made[0](x[:n]), model(x[:n]), atol=1e-5)
+    cb = KnowledgeDistillationCallback(trained_teacher(), SoftTarget(T=2) + FitNet().on('block2', 'block2'))
+    learn.fit(1, cbs=[cb, At('after_step', export, order=60)])
+    stored = onnx.load(tmp_path/'student.onnx').graph.initializer
+    n_own = sum(o.numel() for o in learn.model.state_dict().values())
+    assert sum(torch.Size(o.dims).numel() for o in stored) <= n_own + 10 # reshapes have constants
+    assert {16, 32} & {n for o in stored for n in o.dims} == set() # channels of teacher and adapter; the student has 4 and 8
+    found = report(made[0], learn, n_runs=1, batch_sizes=3)
+    assert found.table.student['file, bytes'] == (tmp_path/'student.onnx').stat().st_size
+    assert found.table.student.isna()['MACs per sample'] and found.table.student['latency p50, ms (bs 3, CPU threads: 1)'] > 0
+    assert b'site-packages' not in (tmp_path/'student.onnx').read_bytes() and b'helpers.py' not in (tmp_path/'student.onnx').read_bytes()
+    assert [o.name for o in tmp_path.iterdir()] == ['student.onnx'] and n_hooks(learn.model) == 0
+
+def test_a_wrong_file_is_not_kept(tmp_path):
+    with pytest.raises(RuntimeError, match='was not kept'): export_onnx(small(), tmp_path/'student.onnx', tolerance=-1)
+    assert [*tmp_path.iterdir()] == []
+
+@pytest.mark.parametrize('name', ['onnx', 'onnxscript', 'onnxruntime'])
+def test_missing_packages(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=rf'{name} is missing: pip install fastkd\[onnx\]'): export_onnx(small(), tmp_path/'a.onnx')
+
+class Two(nn.Module):
+    "Two inputs, and a dict of answers"
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 10), nn.Linear(3, 10)
+
+    def forward(self, x, z): return dict(hidden=x, logits=self.a(x.flatten(1)) + self.b(z))
+
+def test_programs(tmp_path):
+    "Several inputs, a dict of outputs, batches of any size, no class needed"
+    items = [(x, torch.randn(3), y) for x, y in zip(*[o[:20] for o in digits()['pool']])]
+    dls = loaders(items, bs=10)
+    dls.n_inp = 2
+    learn = quiet(Learner(dls, Two(), CrossEntropyLossFlat()))
+    rng = torch.get_rng_state()
+    program = torch.export.load(export_program(learn, tmp_path/'student.pt2')).module()
+    assert torch.equal(torch.get_rng_state(), rng)
+    for n in (1, 5):
+        xb = torch.randn(n, 1, 8, 8), torch.randn(n, 3)
+        assert torch.allclose(program(*xb), learn.model(*xb)['logits'], atol=1e-6)
+
+def test_dimensions_that_vary():
+    words = [(torch.randint(20, (6,)), 0) for _ in range(8)]
+    model = nn.Sequential(nn.Embedding(20, 4), nn.Linear(4, 5))
+    learn = quiet(Learner(loaders(words, bs=4), model, CrossEntropyLossFlat()))
+    x = torch.randint(20, (3, 9))
+    assert torch.equal(traced(learn, dynamic={1: 'length'}).module()(x), model(x))
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', MODELS)
+def test_accuracy_of_files(name, tmp_path):
+    "On the digits, ONNX is as accurate as torch, and eight bits within a point"
+    learn = trained(name)
+    score = 100*learn.validate()[1]
+    assert score > 90
+    exported = export_onnx(learn, tmp_path/'student.onnx')
+    int8 = quantize_onnx(exported, tmp_path/'int8.onnx', dl=learn.dls.train if name == 'cnn' else None)
+    found = {model.file.stem: report(model, learn, n_runs=3, batch_sizes=1) for model in (exported, int8)}
+    assert abs(found['student'].table.student['accuracy, %'] - score) <= .1
+    assert abs(found['int8'].table.student['accuracy, %'] - score) <= 1
+    assert found['int8'].table.student['agreement, %'] >= 98
+    if name == 'transformer': assert int8.file.stat().st_size < .6*exported.file.stat().st_size # a tiny CNN is mostly its graph
+    kinds = {o.data_type for o in onnx.load(int8.file).graph.initializer if len(o.dims) > 1}
+    assert onnx.TensorProto.INT8 in kinds
+
+@pytest.mark.slow
+def test_models_from_files_are_models(tmp_path):
+    "They validate, count their threads, and are copied and pickled"
+    learn = small()
+    model = export_onnx(learn, tmp_path/'student.onnx')
+    other = quiet(Learner(learn.dls, model, CrossEntropyLossFlat(), metrics=accuracy))
+    assert list(other.validate()) == pytest.approx(list(learn.validate()), abs=1e-4)
+    x = learn.dls.valid.one_batch()[0]
+    again = copy.deepcopy(model), pickle.loads(pickle.dumps(model)), OnnxModel(str(model.file))
+    assert all(torch.equal(o(x), model(x)) for o in again)
+    torch.set_num_threads(2)
+    assert torch.allclose(model(x), learn.model.eval()(x), atol=1e-5) and {*model.sessions} == {1, 2}
+    with pytest.raises(ValueError): model(x, x)

@@ -1,0 +1,234 @@
+"What a report says, against counts and formulas by hand, and that it leaves everything as it was."
+import copy, math, pytest, random, torch, torch.nn.functional as F
+from fastai.basics import BCEWithLogitsLossFlat, CrossEntropyLossFlat, L, Learner, MSELossFlat, mae
+from fastai.callback.progress import ProgressCallback
+from fastai.callback.tracker import SaveModelCallback
+from fastkd.all import KnowledgeDistillationCallback, SoftTarget
+from fastkd.plots import AgreementCallback, plot_activations
+from fastkd.report import divergence, file_bytes, latencies, log_probabilities, macs, peak_bytes, report, threads
+from io import BytesIO
+from helpers import (At, convnet, digits, fitted, is_unchanged, learner, loaders, n_hooks, named_learner, quiet, raising, same, seeded,
+    state, trained_teacher, weights)
+from torch import nn
+from torchmetrics.functional import calibration_error
+
+def taught(n=100, **kwargs): return learner(trained_teacher(), n, **kwargs)
+def predictions(model, dl): return torch.cat([model.eval()(x).detach() for x, _ in dl]), torch.cat([y for _, y in dl])
+
+def by_hand(student, teacher, dl):
+    "Rows of the table, from all predictions at once, in float64"
+    (z_s, y), (z_t, _) = predictions(student, dl), predictions(teacher, dl)
+    p_s, p_t = (z.double().softmax(1) for z in (z_s, z_t))
+    kl, wrong, agree = (p_t*(p_t.log() - p_s.log())).sum(1), p_t.argmax(1) != y, p_s.argmax(1) == p_t.argmax(1)
+    both = lambda func: [func(p_s).item(), func(p_t).item()]
+    return {'accuracy, %': both(lambda p: 100*(p.argmax(1) == y).double().mean()), 'loss': both(lambda p: F.nll_loss(p.log(), y)),
+        'calibration error, %': both(lambda p: 100*calibration_error(p, y, 'multiclass', n_bins=15, num_classes=10)),
+        'agreement, %': [100*agree.double().mean().item()], 'KL from the teacher, nats': [kl.mean().item()],
+        'agreement where the teacher is wrong, %': [100*agree[wrong].double().mean().item()],
+        'KL where the teacher is wrong, nats': [kl[wrong].mean().item()]}
+
+def close(a, b, eps=1e-4): return a == pytest.approx(b, rel=eps, abs=eps)
+
+def test_numbers():
+    "On a teacher that errs, so that there is something to say of its errors"
+    student, teacher = fitted(learner(bs=20)), seeded(convnet, 8, seed=4)
+    found = report(student, teacher, n_runs=0)
+    for name, values in by_hand(student.model, teacher, student.dls.valid).items():
+        assert close(found.table.loc[name].tolist()[:len(values)], values), name
+    ratios = found.table['student/teacher']
+    assert close(ratios['loss'], found.table.student['loss']/found.table.teacher['loss'])
+    assert found.table.loc['agreement, %'].isna().tolist() == [False, True, True]
+    _, y = predictions(student.model, student.dls.valid)
+    assert found.classes['count'].tolist() == y.bincount(minlength=10).tolist()
+    weighted = (found.classes['count']*found.classes['student, %'].fillna(0)).sum()/len(y)
+    assert close(weighted, found.table.student['accuracy, %'])
+
+def test_unsure_teachers_and_logits_of_minus_infinity():
+    log_s, log_t = (log_probabilities(torch.tensor([row])) for row in ([0., 0, 0], [0., 0, -math.inf]))
+    assert close(divergence(log_s, log_t).tolist(), [math.log(1.5)]) and divergence(log_t, log_t).tolist() == [0]
+    assert log_probabilities(torch.zeros(2, 3, dtype=torch.float16)).dtype == torch.float32
+
+def test_pixels_and_ignored_ones():
+    "A class at each pixel, of which some do not count"
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 3, 4, 4), torch.randint(3, (8, 4, 4))
+    y[:, 0] = 255
+    func = CrossEntropyLossFlat(axis=1, ignore_index=255)
+    learn = quiet(Learner(loaders(list(zip(x, y)), bs=3), seeded(nn.Conv2d, 3, 3, 1), func))
+    teacher = seeded(nn.Conv2d, 3, 3, 1, seed=1)
+    found, keep = report(learn, teacher, n_runs=0), (y != 255).flatten()
+    z_s, z_t = (m(x).detach().movedim(1, -1).reshape(-1, 3)[keep].double() for m in (learn.model, teacher))
+    assert close(found.table.student['accuracy, %'], 100*(z_s.argmax(1) == y.flatten()[keep]).double().mean().item())
+    assert close(found.table.student['agreement, %'], 100*(z_s.argmax(1) == z_t.argmax(1)).double().mean().item())
+    kl = F.kl_div(z_s.log_softmax(1), z_t.log_softmax(1), reduction='none', log_target=True).sum(1)
+    assert close(found.kl.tolist(), kl.view(8, -1).mean(1).tolist())
+    assert found.classes['count'].sum() == keep.sum()
+    with pytest.raises(ValueError, match='many labels'): found.disagreements()
+
+def test_vocab_and_statistics_of_the_teacher():
+    "A teacher with its classes in another order and images in another scale says the same"
+    vocab, stats = 'jihgfedcba', ([.2], [.5])
+    teacher, model = named_learner(seeded(convnet, 8, seed=2), vocab, stats), seeded(convnet, 4)
+    student = named_learner(model)
+    with pytest.warns(UserWarning, match='another order|other statistics'): found = report(student, teacher, n_runs=0)
+    x, y = student.dls.valid.one_batch()
+    z = teacher.model.eval()((x - .2)/.5).flip(1)
+    assert close(found.table.teacher['accuracy, %'], 100*(z.argmax(1) == y).float().mean().item())
+    assert found.classes.index.tolist() == list('abcdefghij')
+    top = found.disagreements(3)
+    assert top.label.tolist() == [student.dls.vocab[int(y[i])] for i in top.index]
+    assert top.kl.is_monotonic_decreasing and len(top) == 3
+
+def test_nothing_changes(tmp_path):
+    "Modes, hooks, random states, threads, the recorder, the loader's shuffling, other callbacks, and what the learner saves"
+    student, teacher = learner(cbs=SaveModelCallback(), path=tmp_path), taught()
+    student.add_cb(ProgressCallback())
+    with student.no_bar(): fitted(student, KnowledgeDistillationCallback(teacher.model, SoftTarget(T=2)))
+    student.model[0].train(), teacher.model.train(), student.model.block2.eval()
+    (tmp_path/'models'/'model.pth').unlink()
+    values, metrics, cbs = copy.deepcopy(student.recorder.values), list(student.metrics), {id(cb) for cb in student.cbs}
+    before, rng = [state(o.model) for o in (student, teacher)], student.dls.train.rng.getstate()
+    states, n_threads = (random.getstate(), torch.get_rng_state()), torch.get_num_threads()
+    report(student, teacher, dl=student.dls.train, batch_sizes=(1, 2), n_threads=(1, 2), n_runs=2)
+    assert all(is_unchanged(o.model, was) for o, was in zip((student, teacher), before))
+    assert n_hooks(student.model) == n_hooks(teacher.model) == 0 and torch.get_num_threads() == n_threads
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1]) and student.dls.train.rng.getstate() == rng
+    assert student.recorder.values == values and list(student.metrics) == metrics and {id(cb) for cb in student.cbs} == cbs
+    assert not (tmp_path/'models'/'model.pth').exists() and torch.backends.mha.get_fastpath_enabled()
+
+def test_nothing_stays_after_an_error():
+    student, teacher = learner(), trained_teacher()
+    student.metrics = L(student.metrics) + L(learner(metrics=raising(RuntimeError)).metrics)
+    before, cbs = state(teacher), [*student.cbs]
+    with pytest.raises(RuntimeError, match='on purpose'): report(student, teacher)
+    assert is_unchanged(teacher, before) and {*map(id, student.cbs)} == {*map(id, cbs)} and student.model.training
+
+def test_shuffled_loaders_find_the_same_samples():
+    student, teacher = learner(), trained_teacher()
+    ordered = report(student, teacher, dl=student.dls.train.new(shuffle=False), n_runs=0).kl
+    assert close(report(student, teacher, dl=student.dls.train, n_runs=0).kl.tolist(), ordered.tolist())
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 10), nn.Linear(3, 10)
+
+    def forward(self, x, z): return dict(logits=self.a(x.flatten(1)) + self.b(z))
+
+def test_several_inputs():
+    torch.manual_seed(0)
+    items = [(x, torch.randn(3), y) for x, y in digits()[:20]]
+    dls = loaders(items, bs=10)
+    dls.n_inp = 2
+    student = quiet(Learner(dls, Two(), lambda pred, y: F.cross_entropy(getattr(pred, 'get', lambda k: pred)('logits'), y)))
+    found = report(student, Two(), batch_sizes=(1, 30), n_runs=1)
+    assert found.table.student['MACs per sample'] == 670 and found.table.student['agreement, %'] >= 0
+    assert sum('latency' in name for name in found.table.index) == 4
+
+@pytest.mark.parametrize('target,func', [(torch.randn(8, 1), MSELossFlat()), (torch.randint(2, (8, 4)).float(), BCEWithLogitsLossFlat())])
+def test_without_classes(target, func):
+    "Single outputs, and classes that can coexist"
+    dls = loaders(list(zip(torch.randn(8, 3), target)), bs=4)
+    student, n = quiet(Learner(dls, nn.Linear(3, target.shape[1]), func, metrics=mae)), target.shape[1]
+    found = report(student, nn.Linear(3, n), n_runs=0)
+    assert 'no agreement' in repr(found) and 'no agreement' in found._repr_html_() and found.classes is None
+    assert {'loss', 'mae'} <= {*found.table.index} and 'agreement, %' not in found.table.index
+    for ask in (found.disagreements, found.plot_disagreements):
+        with pytest.raises(ValueError, match='no agreement'): ask()
+
+@pytest.mark.parametrize('name,gmacs,params', [('resnet18', 1.814, 11.69), ('mobilenet_v2', .300, 3.50)])
+def test_published_costs(name, gmacs, params):
+    import torchvision
+    model = getattr(torchvision.models, name)()
+    assert macs(model, torch.randn(1, 3, 224, 224))/1e9 == pytest.approx(gmacs, rel=.01)
+    assert sum(p.numel() for p in model.parameters())/1e6 == pytest.approx(params, rel=.01)
+
+def test_costs_by_hand(tmp_path):
+    "Sizes of files, activations alive at a time, and transformers that torch would run as one operation"
+    model = seeded(convnet, 4)
+    torch.save(model.state_dict(), tmp_path/'model.pth')
+    assert file_bytes(model) == pytest.approx((tmp_path/'model.pth').stat().st_size, rel=.03) # the file's name stands in the file
+    torch.save(model.state_dict(), buffer := BytesIO())
+    assert file_bytes(model) == len(buffer.getvalue())
+    wide = nn.Sequential(nn.Linear(8, 100, bias=False), nn.Linear(100, 8, bias=False), nn.Linear(8, 100, bias=False))
+    assert peak_bytes(wide, torch.randn(5, 8)) == 5*108*4
+    assert peak_bytes(nn.Sequential(nn.Linear(8, 100), nn.ReLU(inplace=True)), torch.randn(5, 8)) == 5*100*4
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    assert macs(layer, torch.randn(1, 6, 16)) == 6*16*(3*16 + 16 + 2*32) + 2*6*6*16
+
+def test_turns_and_threads():
+    "Each is called as often, in turns; threads are those asked for, and given back after an error"
+    calls = []
+    taken = latencies({name: lambda name=name: calls.append((name, torch.get_num_threads())) for name in 'ab'}, 4)
+    assert [name for name, _ in calls] == list('ab'*7) and [len(o) for o in taken.values()] == [4, 4]
+    with pytest.raises(KeyError), threads(2): raise KeyError(torch.get_num_threads())
+    assert torch.get_num_threads() == 1
+
+def test_plot():
+    found = report(learner(), trained_teacher(), batch_sizes=2, n_runs=2)
+    ax = found.plot()
+    assert len(ax.patches) == (found.table['student/teacher'] > 0).sum() and ax.get_xscale() == 'log'
+    assert [bar.get_width() + 1 for bar in ax.patches] == pytest.approx(found.table['student/teacher'].dropna().tolist())
+    assert len(found.plot('parameters').patches) == 1
+    ms = found.table.loc['latency p50, ms (bs 2, CPU threads: 1)'].student
+    assert close(found.table.loc['throughput, samples/s (bs 2, CPU threads: 1)'].student, 2000/ms)
+
+def test_errors(monkeypatch):
+    with pytest.raises(TypeError, match='learners, or one of them'): report(convnet(4), convnet(4))
+    with pytest.raises(TypeError, match='a Learner, a module or Frozen'): report(learner(), 'teacher')
+    with pytest.raises(ValueError, match='other shapes'): report(learner(), convnet(4, n_out=7))
+    monkeypatch.setitem(__import__('sys').modules, 'torchmetrics.classification', None)
+    with pytest.raises(ImportError, match=r'pip install fastkd\[report\]'): report(learner(), convnet(4))
+
+# ---- Agreement by epoch
+
+def test_agreement_by_epoch():
+    "The columns are means over the validation set, go after the fit, and change nothing of the training"
+    plain, teacher = fitted(learner()), trained_teacher()
+    agreement, before = AgreementCallback(teacher), state(teacher)
+    learn = fitted(learner(), agreement)
+    assert same(weights(learn.model), weights(plain.model)) and is_unchanged(teacher, before)
+    expected = by_hand(learn.model, teacher, learn.dls.valid)
+    assert close(agreement.history['teacher_kl'][-1], expected['KL from the teacher, nats'][0])
+    assert close(100*agreement.history['teacher_agreement'][-1], expected['agreement, %'][0])
+    assert learn.metrics.attrgot('name') == ['accuracy'] and [len(o) for o in learn.recorder.values] == [5, 5]
+    assert learn.recorder.metric_names[4:6] == ['teacher_kl', 'teacher_agreement']
+    assert len(learn.validate()) == 2
+    assert len(agreement.plot()) == 2
+
+@pytest.mark.parametrize('exc', [KeyboardInterrupt, RuntimeError])
+def test_agreement_leaves_after_an_interrupt(exc):
+    learn, agreement = learner(), AgreementCallback(trained_teacher())
+    with pytest.raises(exc): learn.fit(1, cbs=[agreement, At('after_pred', raising(exc), nth=2)])
+    assert learn.metrics.attrgot('name') == ['accuracy']
+    assert learn.fit(1, cbs=agreement) is None and len(agreement.history['teacher_kl']) == 1
+
+def test_agreement_stays_behind_when_exported(tmp_path):
+    learn = learner(cbs=AgreementCallback(trained_teacher()), path=tmp_path)
+    learn.fit(1)
+    copied = copy.deepcopy(learn)
+    assert copied.agreement.teacher is None and len(copied.agreement.history['teacher_kl']) == 1
+    copied.fit(1)
+    assert len(copied.recorder.values[0]) == 3
+
+def test_agreement_of_learners_with_other_orders():
+    teacher = named_learner(seeded(convnet, 8, seed=2), 'jihgfedcba')
+    agreement, student = AgreementCallback(teacher), named_learner(seeded(convnet, 4))
+    with pytest.warns(UserWarning, match='another order'): student.fit(1, cbs=agreement)
+    x, _ = student.dls.valid.one_batch()
+    z_s, z_t = student.model.eval()(x), teacher.model.eval()(x).flip(1)
+    assert close(agreement.history['teacher_agreement'], [(z_s.argmax(1) == z_t.argmax(1)).float().mean().item()])
+
+# ---- Activations
+
+def test_activations_are_drawn():
+    "The maps are those of the layers, scaled to length 1, beside the inputs"
+    student, teacher, x = seeded(convnet, 4), trained_teacher(), torch.stack([x for x, _ in digits()[:3]])
+    before = state(student)
+    axs = plot_activations(student, learner(teacher), x, ['block1', 'block2'], ['block1', 'block2'], n=2)
+    assert axs.shape == (2, 5) and is_unchanged(student, before) and n_hooks(student) == n_hooks(teacher) == 0
+    shown = torch.tensor(axs[1, 1].images[0].get_array())
+    hidden = student.eval().block1(x[1:2]).pow(2).mean(1)
+    assert close(shown.flatten().tolist(), F.normalize(hidden.flatten(1)).flatten().tolist())
+    for layers, said in ((['block1'], 'name pairs'), (['head.3', 'block1'], 'vectors'), (['blok1', 'block2'], 'block1')):
+        with pytest.raises(ValueError, match=said): plot_activations(student, teacher, x, layers, ['block1', 'block2'])
