@@ -57,8 +57,9 @@ def main(out, n):
     found = trained(out/'coverage.json', n)
     mean, low, high, _ = paired_interval(found['distilled'], found['alone'])
     accuracy = {name: np.mean(values) for name, values in found.items()}
-    lines = ['# What 95 % intervals hold', '', f"Made by `python -m benchmarks.coverage`: {len(found['alone'])} seeds of the demo's student "
-        f"on digits, alone {accuracy['alone']:.2f} % right, distilled {accuracy['distilled']:.2f} % (difference {mean:+.2f}, 95 % "
+    lines = ['# What 95 % intervals hold', '',
+        f"Made by `python -m benchmarks.coverage`: {len(found['alone'])} seeds of the demo's student on "
+        f"digits, alone {accuracy['alone']:.2f} % right, distilled {accuracy['distilled']:.2f} % (difference {mean:+.2f}, 95 % "
         f'interval {low:+.2f} to {high:+.2f}). Comparisons of a few seeds are drawn from them 4,000 times. How often, in percent:', '',
         '| seeds | the interval of a mean holds it | the interval of a paired difference holds it | two equal set-ups: within noise '
         '| three set-ups equal to the baseline: all within noise |', '|--:|--:|--:|--:|--:|']

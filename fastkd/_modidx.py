@@ -237,6 +237,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fastkd.compare._fit': ('compare.html#_fit', 'fastkd/compare.py'),
                                 'fastkd.compare._longer': ('compare.html#_longer', 'fastkd/compare.py'),
                                 'fastkd.compare._seeds': ('compare.html#_seeds', 'fastkd/compare.py'),
+                                'fastkd.compare._text': ('compare.html#_text', 'fastkd/compare.py'),
                                 'fastkd.compare._tune': ('compare.html#_tune', 'fastkd/compare.py'),
                                 'fastkd.compare.as_arm': ('compare.html#as_arm', 'fastkd/compare.py'),
                                 'fastkd.compare.compare': ('compare.html#compare', 'fastkd/compare.py'),

@@ -2,6 +2,7 @@
 from fastkd.cache import CachedTeacher
 from fastkd.callback import *
 from fastkd.checkpoints import *
+from fastkd.compare import Comparison, compare, sweep
 from fastkd.ensemble import Ensemble
 from fastkd.losses.core import *
 from fastkd.losses.dense import *

@@ -6,13 +6,13 @@
 __all__ = ['ALONE', 'Arm', 'as_arm', 'CountBatches', 'measured', 'weights_digest', 'train_once', 'description', 'write_whole',
            'Runs', 'Comparison', 'is_lower_better', 'compare', 'sweep']
 
-# %% ../nbs/40_compare.ipynb #8d240ff5
+# %% ../nbs/40_compare.ipynb #fa10da81
 import gc, hashlib, inspect, json, os, random, time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from numbers import Number
 from pathlib import Path
+from textwrap import fill
 from types import CodeType, FunctionType
 from urllib.parse import quote
 
@@ -70,7 +70,7 @@ def measured(
     raise ValueError(f"the last epoch has no '{name}', but {', '.join(last) or 'nothing'}; metric=lambda learn: learn.validate()[1] "
         'measures after the fit')
 
-# %% ../nbs/40_compare.ipynb #b2b70c11
+# %% ../nbs/40_compare.ipynb #d05b37d2
 def weights_digest(
     model:nn.Module, # Any model
 ) -> str: # Differs where a parameter or a buffer does
@@ -98,6 +98,7 @@ def train_once(
         cbs = [*listify(arm.cbs and arm.cbs()), count]
         wall, cpu = _fit(arm, learn, cbs, seed)
         name, value = measured(learn, metric)
+    if not count.n: raise ValueError('no batch was trained with its callbacks: let fit pass them on, learn.fit_one_cycle(8, cbs=cbs)')
     if not np.isfinite(value): raise ValueError(f'its {name} is {value}')
     n_params = sum(p.numel() for p in learn.model.parameters())
     return dict(metric=name, value=value, cpu=cpu, wall=wall, batches=count.n, parameters=n_params, start=began, times=arm.times)
@@ -115,7 +116,7 @@ def _fit(arm, learn, cbs, seed):
         if rng is not None: loader.rng = rng
     return time.perf_counter() - wall, time.process_time() - cpu
 
-# %% ../nbs/40_compare.ipynb #8b2333e9
+# %% ../nbs/40_compare.ipynb #c1e50b8c
 def _code(code): return code.co_code, code.co_names, [_code(o) if isinstance(o, CodeType) else o for o in code.co_consts]
 
 def _described(o, home, seen=()):
@@ -124,15 +125,18 @@ def _described(o, home, seen=()):
     if isinstance(o, Learner): o = o.model
     if isinstance(o, partial): return told([o.func, o.args, o.keywords])
     if isinstance(o, Teacher): return type(o).__qualname__, told(o.modules()), told(o.settings())
-    if isinstance(o, nn.Module): return repr(o) if ' at 0x' not in repr(o) else type(o).__qualname__, weights_digest(o)
+    if isinstance(o, nn.Module): return _text(o), weights_digest(o)
     if isinstance(o, FunctionType):
         if o.__module__ != home or o in seen: return o.__module__, o.__qualname__
         named = inspect.getclosurevars(o)
         return _code(o.__code__), _described([o.__defaults__, o.__kwdefaults__, named.nonlocals, named.globals], home, (*seen, o))
     if isinstance(o, (list, tuple)): return [told(item) for item in o]
     if isinstance(o, dict): return [(repr(key), told(item)) for key, item in sorted(o.items(), key=lambda pair: repr(pair[0]))]
-    return repr(o) if o is None or isinstance(o, (Number, str, bytes, type, Path, Callback)) else type(o).__qualname__
+    return _text(o)
 
+def _text(o): return type(o).__qualname__ if ' at 0x' in repr(o) else repr(o) # an address is another one in each process
+
+# %% ../nbs/40_compare.ipynb #bfd193ce
 def description(
     o, # A function, or several
 ) -> str: # Differs where its code does, or what it names
@@ -141,7 +145,7 @@ def description(
     home = next((func.__module__ for func in inner if isinstance(func, FunctionType)), None)
     return hashlib.blake2b(repr(_described(o, home)).encode(), digest_size=16).hexdigest()
 
-# %% ../nbs/40_compare.ipynb #fa8bb688
+# %% ../nbs/40_compare.ipynb #2d511190
 def write_whole(
     file:Path, # Where to
     what:dict, # JSON
@@ -176,7 +180,7 @@ class Runs:
         raise ValueError(f"{self.path} holds runs of another '{name}', with other code or settings: give this one another name, "
             'or another path')
 
-# %% ../nbs/40_compare.ipynb #7df31296
+# %% ../nbs/40_compare.ipynb #3f3416f0
 @patch
 def _read(self:Runs, about):
     "All runs of the folder"
@@ -191,7 +195,7 @@ def _read(self:Runs, about):
     runs = [json.loads(file.read_text()) for file in files if file != head]
     self.found = {(run['setup'], run['seed']): run for run in runs}
 
-# %% ../nbs/40_compare.ipynb #3a8613ba
+# %% ../nbs/40_compare.ipynb #f69f5e80
 @patch
 def train_all(self:Runs,
     arms:dict, # From names to `Arm`s
@@ -223,7 +227,7 @@ def _train(self:Runs, name, arm, seed, metric, start):
     finally:
         if torch.cuda.is_available(): gc.collect() # learners and callbacks refer to each other, and keep what is on the GPU
 
-# %% ../nbs/40_compare.ipynb #80a71560
+# %% ../nbs/40_compare.ipynb #2be8c631
 class Comparison:
     "What several set-ups achieved on the same seeds"
     def __init__(self,
@@ -245,7 +249,7 @@ class Comparison:
 
 def is_lower_better(metric): return any(word in metric for word in ('loss', 'error', 'perplexity'))
 
-# %% ../nbs/40_compare.ipynb #b76abd80
+# %% ../nbs/40_compare.ipynb #abc5de7d
 @patch
 def _differences(self:Comparison, baseline):
     "From each other set-up to its difference, and to the p-values of the table"
@@ -267,7 +271,7 @@ def table(self:Comparison,
         'CPU s', 'wall s', 'batches', 'parameters']
     return pd.DataFrame(rows, list(values), columns).astype(dict(batches=int, parameters=int))
 
-# %% ../nbs/40_compare.ipynb #36dd41de
+# %% ../nbs/40_compare.ipynb #3cd5fd46
 @patch
 def words(self:Comparison,
     baseline:str=None, # Compare with this set-up instead of the baseline
@@ -300,11 +304,11 @@ def plot(self:Comparison,
         mean, low, high = mean_interval(values[name])
         ax.plot([i]*len(values), values[name], '.', color='tab:blue', alpha=.3)
         ax.errorbar(i, mean, [[mean - low], [high - mean]], fmt='o', color='tab:blue', capsize=4)
-    ax.set(ylabel=self.metric, xlabel=self.xlabel, xticks=range(len(names)), xticklabels=[self.labels.get(o, o) for o in names])
+    ax.set(ylabel=self.metric, xlabel=self.xlabel, xticks=range(len(names)), xticklabels=[fill(self.labels.get(o, o), 15) for o in names])
     ax.legend()
     return ax
 
-# %% ../nbs/40_compare.ipynb #e42ed306
+# %% ../nbs/40_compare.ipynb #6290a444
 ALONE = 'alone'
 
 def _tune(runs, candidates, seeds, metric, progress, lower_is_better):
@@ -328,9 +332,9 @@ def _check_trials(candidates, seeds, tuning_seeds):
     if both := {*seeds} & {*tuning_seeds}: raise ValueError(f'seeds {sorted(both)} would both choose and judge: take other tuning_seeds')
     if len(seeds) < 2: raise ValueError('an interval needs at least two seeds')
 
-def _seeds(seeds, first=0): return list(range(first, first + seeds)) if isinstance(seeds, int) else list(dict.fromkeys(seeds))
+def _seeds(seeds, first=0): return list(range(first, first + seeds)) if isinstance(seeds, int) else list(dict.fromkeys(map(int, seeds)))
 
-# %% ../nbs/40_compare.ipynb #5b0f5565
+# %% ../nbs/40_compare.ipynb #a892a218
 def _check_times(fit):
     "Whether `fit` can train longer"
     params = inspect.signature(fit).parameters.values()
@@ -347,7 +351,7 @@ def _longer(runs, arm, found, of):
     known = [run['times'] for (setup, _), run in runs.found.items() if setup == name] # of a comparison that goes on
     return {name: replace(arm, times=known[0] if known else max(1., round(float(ratios[slowest]), 2)))}
 
-# %% ../nbs/40_compare.ipynb #8b0d166f
+# %% ../nbs/40_compare.ipynb #e4186ba8
 def compare(
     make_learner:Callable, # `make_learner()` makes a learner with a new student; called under the seed of each run
     setups:dict, # From names to set-ups
@@ -376,7 +380,7 @@ def compare(
     if cost_honest: found += runs.train_all(_longer(runs, arms[ALONE], found, cost_honest), seeds, metric, progress)
     return Comparison(found, ALONE, lower_is_better, trials, **shown)
 
-# %% ../nbs/40_compare.ipynb #3dabf356
+# %% ../nbs/40_compare.ipynb #dd3c525b
 def sweep(
     make_learner:Callable, # As in `compare`
     setup:Callable, # Makes the callbacks of one run for a value of the setting

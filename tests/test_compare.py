@@ -1,5 +1,5 @@
 "Comparisons: same start and batches for all, what a restart repeats, what is measured, and what is refused."
-import json, numpy as np, os, pandas as pd, pytest, random, re, signal, subprocess, sys, time, torch
+import json, numpy as np, os, pytest, random, re, signal, subprocess, sys, time, torch
 from fastai.basics import Callback, set_seed
 from fastai.callback.tracker import SaveModelCallback
 from fastkd.all import *
@@ -137,7 +137,7 @@ def test_identical_set_ups():
 def test_nothing_is_repeated(tmp_path, watched):
     "A second call takes what is there, more seeds and set-ups are added"
     go = partial(compare, make, fit=fit, path=tmp_path, progress=False)
-    first = go({ALONE: Watch, 'kd': kd}, seeds=2)
+    first = go({ALONE: Watch, 'kd': kd}, seeds=np.arange(2))
     assert len(watched) == 2
     again = go({ALONE: Watch, 'kd': kd}, seeds=2)
     assert len(watched) == 2 and again.table().equals(first.table())
@@ -176,8 +176,7 @@ def test_a_set_up_that_fails(tmp_path):
     "What is finished is kept, and mending the set-up goes on"
     def stops(learn, cbs): learn.fit(1, cbs=[*cbs, At('after_batch', lambda learn: 1/0)])
     said = r"'bad' failed with seed 0: [^\0]*division by zero. 2 runs were finished: they are kept in"
-    with pytest.raises(RuntimeError, match=said) as e:
-        quick(dict(kd=kd, bad=dict(fit=stops)), path=tmp_path)
+    with pytest.raises(RuntimeError, match=said) as e: quick(dict(kd=kd, bad=dict(fit=stops)), path=tmp_path)
     assert isinstance(e.value.__cause__, ZeroDivisionError)
     assert sorted(o.name for o in tmp_path.iterdir()) == ['alone-0.json', 'comparison.json', 'kd-0.json']
     assert quick(dict(kd=kd, bad=None), path=tmp_path).values().shape == (2, 3)
@@ -259,7 +258,7 @@ def test_more_trials_than_the_baseline():
 
 def test_cost_honest(tmp_path, watched):
     "The baseline trains as many times longer as the slowest set-up takes, also after a restart, whatever the clock says then"
-    def wait(learn): time.sleep(.5)
+    def wait(learn): time.sleep(.2)
     def slow(): return At('after_fit', wait)
     go = partial(compare, make, {ALONE: Watch, 'kd': kd, 'slow': slow}, fit, 2, path=tmp_path, cost_honest=True, progress=False)
     comparison = go()
@@ -304,6 +303,9 @@ def test_other_errors():
     with pytest.raises(ValueError, match='at least two seeds'): quick(dict(kd=kd), seeds=1)
     with pytest.raises(RuntimeError, match="'alone' failed with seed 0: make_learner returns a Learner, not Sequential"):
         compare(lambda: convnet(4), dict(kd=kd), fit, 2, progress=False)
+
+def test_a_fit_that_forgets_its_callbacks():
+    with pytest.raises(RuntimeError, match='let fit pass them on'): quick(dict(kd=kd), fit=lambda learn, cbs: learn.fit(1))
 
 def test_reports_are_an_extra(monkeypatch):
     "Said before any training"
