@@ -54,19 +54,19 @@ def holm(
     if not len(p_values): return []
     return needed('statsmodels.stats.multitest').multipletests(p_values, method='holm')[1].tolist()
 
-# %% ../nbs/39_statistics.ipynb #7097c61a
+# %% ../nbs/39_statistics.ipynb #51fb7550
 def in_words(
     name:str, # The set-up
     other:str, # What it is compared with
     metric:str, # What was measured
     difference:tuple, # Mean difference, lower end, upper end, p-value
     n:int, # Pairs of runs
-    p:float=None, # p-value of the whole table; by default that of the difference
+    p:float=None, # Corrected p-value, where there are other comparisons; by default that of the difference
     lower_is_better:bool=False, # Whether a smaller metric is a better one
 ) -> str: # A sentence
     "What a difference shows"
     mean, low, high, alone = difference
-    p = alone if p is None else p
-    numbers = f'{metric} {mean:+.4f} (95 % interval {low:+.4f} to {high:+.4f}, p {p:.3f}, {n} seeds)'
+    p, name_of_p = (alone, 'p') if p is None else (p, "Holm's p")
+    numbers = f'{metric} {mean:+.4f} (95 % interval {low:+.4f} to {high:+.4f}, {name_of_p} {p:.3f}, {n} seeds)'
     if not p < .05: return f"'{name}' is within noise of '{other}': {numbers}"
     return f"'{name}' is {'better' if (mean > 0) != lower_is_better else 'worse'} than '{other}': {numbers}"

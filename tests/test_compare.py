@@ -112,7 +112,7 @@ def test_table():
 
 def test_words():
     lines = repr(Comparison(runs_of(**VALUES), 'alone')).splitlines()
-    assert lines[0].startswith("'kd' is better than 'alone': accuracy +0.0076") and 'p 0.007' in lines[0]
+    assert lines[0].startswith("'kd' is better than 'alone': accuracy +0.0076") and "Holm's p 0.007" in lines[0]
     assert lines[1].startswith("'noise' is within noise of 'alone'") and len(lines) == 2
     losses = Comparison(runs_of('valid_loss', **VALUES), 'alone')
     assert losses.words()[0].startswith("'kd' is worse than 'alone': valid_loss +0.0076")
