@@ -2,6 +2,7 @@
 from fastkd.cache import CachedTeacher
 from fastkd.callback import *
 from fastkd.checkpoints import *
+from fastkd.compare import Comparison, compare, sweep
 from fastkd.curriculum import Curriculum, sure_of_any, sure_of_label
 from fastkd.ensemble import Ensemble
 from fastkd.export import OnnxModel, export_onnx, export_program, quantize_onnx

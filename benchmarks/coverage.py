@@ -1,0 +1,75 @@
+"""Does a 95 % interval hold the truth 95 times in a hundred? Asked of 200 real runs of the demo's student, alone and with a teacher.
+
+`python -m benchmarks.coverage [--n 200] [--out benchmarks]` trains what is not yet in coverage.json, one seed after the other, so that
+it goes on where it was stopped; then it writes coverage.md. The 200 runs stand for all runs there could be: comparisons of a few seeds
+are drawn from them at random, and what each says is held against the mean of all."""
+import json, numpy as np, os, torch
+from argparse import ArgumentParser
+from fastkd.demo import EXPERIMENTS, draw, train
+from fastkd.statistics import holm, mean_interval, paired_interval
+from functools import partial
+from pathlib import Path
+
+def write(path, value):
+    "A file that is whole or not there"
+    part = path.with_name(f'{path.name}.part')
+    part.write_text(value)
+    os.replace(part, path)
+
+def trained(path, n):
+    "Accuracies of `n` seeds on the demo's test images: same labels, same teacher, other weights, batches and augmentation"
+    found = json.loads(path.read_text()) if path.exists() else dict(alone=[], distilled=[])
+    experiment = EXPERIMENTS['digits']
+    data = experiment.data()
+    few = draw(data['pool'], experiment.n_labels, 0)
+    run = partial(train, data=(few, data['test']), experiment=experiment, augmented=True, curve=False)
+    student = partial(run, experiment.student, epochs=experiment.student_epochs, lr=experiment.lr)
+    teacher = None
+    for seed in range(len(found['alone']), n):
+        if teacher is None: teacher = run(experiment.teacher, seed=0, epochs=experiment.teacher_epochs, lr=experiment.teacher_lr)['model']
+        alone, distilled = student(seed=seed), student(seed=seed, teacher=teacher)
+        for name, o in dict(alone=alone, distilled=distilled).items(): found[name].append(round(o['accuracy'][-1], 4))
+        write(path, json.dumps(found) + '\n')
+    return found
+
+def simulated(found, sizes=(3, 5, 10, 20), n_times=4000, n_equal=3):
+    "How often, in percent, intervals hold the mean of all runs, and how often equal set-ups are said to differ by noise only"
+    alone, distilled = (np.array(found[name]) for name in ('alone', 'distilled'))
+    random, rows = np.random.default_rng(0), {}
+    for n in sizes:
+        held, paired, quiet, all_quiet = [], [], [], []
+        for _ in range(n_times):
+            chosen = random.integers(len(alone), size=n)
+            low, high = mean_interval(alone[chosen])[1:]
+            held.append(low <= alone.mean() <= high)
+            low, high = paired_interval(distilled[chosen], alone[chosen])[1:3]
+            paired.append(low <= (distilled - alone).mean() <= high)
+            equal = [random.choice(alone, n) for _ in range(n_equal)] # not even of the same seeds
+            p = [paired_interval(values, alone[chosen])[3] for values in equal]
+            quiet.append(p[0] >= .05)
+            all_quiet.append(min(holm(p)) >= .05)
+        shares = zip(('mean', 'difference', 'no difference', 'none in three'), (held, paired, quiet, all_quiet))
+        rows[n] = {name: round(100*float(np.mean(o)), 1) for name, o in shares}
+    return rows
+
+def main(out, n):
+    torch.set_num_threads(1)
+    found = trained(out/'coverage.json', n)
+    mean, low, high, _ = paired_interval(found['distilled'], found['alone'])
+    accuracy = {name: np.mean(values) for name, values in found.items()}
+    lines = ['# What 95 % intervals hold', '',
+        f"Made by `python -m benchmarks.coverage`: {len(found['alone'])} seeds of the demo's student on "
+        f"digits, alone {accuracy['alone']:.2f} % right, distilled {accuracy['distilled']:.2f} % (difference {mean:+.2f}, 95 % "
+        f'interval {low:+.2f} to {high:+.2f}). Comparisons of a few seeds are drawn from them 4,000 times. How often, in percent:', '',
+        '| seeds | the interval of a mean holds it | the interval of a paired difference holds it | two equal set-ups: within noise '
+        '| three set-ups equal to the baseline: all within noise |', '|--:|--:|--:|--:|--:|']
+    lines += [f"| {n} | {' | '.join(map(str, row.values()))} |" for n, row in simulated(found).items()]
+    (out/'coverage.md').write_text('\n'.join(lines) + '\n')
+    print('\n'.join(lines))
+
+if __name__ == '__main__':
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument('--n', type=int, default=200)
+    parser.add_argument('--out', type=Path, default='benchmarks')
+    args = parser.parse_args()
+    main(args.out, args.n)

@@ -1,0 +1,318 @@
+"Comparisons: same start and batches for all, what a restart repeats, what is measured, and what is refused."
+import json, numpy as np, os, pytest, random, re, signal, subprocess, sys, time, torch
+from fastai.basics import Callback, set_seed
+from fastai.callback.tracker import SaveModelCallback
+from fastkd.all import *
+from fastkd.compare import ALONE, Arm, Comparison, compare, description, sweep, train_once, weights_digest
+from fastkd.statistics import holm, mean_interval, paired_interval
+from functools import partial
+from helpers import At, convnet, learner, trained_teacher
+from pathlib import Path
+
+def make(): return learner(convnet(4))
+def make_wide(): return learner(convnet(6, p=.2))
+def fit(learn, cbs, times=1): learn.fit(round(times), 1e-2, cbs=cbs)
+
+def kd(T=4, **kwargs): return KnowledgeDistillationCallback(trained_teacher(), SoftTarget(T=T), **kwargs)
+
+quick = partial(compare, make, fit=fit, seeds=2, progress=False)
+
+class Watch(Callback):
+    "What each run starts from, and the batches that it sees"
+    seen = []
+    def before_fit(self): self.seen.append(dict(start=weights_digest(self.learn.model), batches=[]))
+    def before_batch(self):
+        if self.training: self.seen[-1]['batches'].append(self.y.tolist())
+
+@pytest.fixture
+def watched(monkeypatch):
+    monkeypatch.setattr(Watch, 'seen', [])
+    return Watch.seen
+
+# ---- The same for all
+
+def test_same_start_and_batches(watched):
+    "For each seed all set-ups start from the same weights and see the same batches; other students see them, too"
+    compare(make, {ALONE: Watch, 'kd': lambda: [kd(), Watch()], 'wide': dict(make_learner=make_wide, cbs=Watch)}, fit, 2, progress=False)
+    for seed in range(2):
+        alone, distilled, wide = watched[3*seed:3*seed + 3]
+        assert alone == distilled and wide['batches'] == alone['batches'] and wide['start'] != alone['start']
+    assert watched[0]['start'] != watched[3]['start'] and watched[0]['batches'] != watched[3]['batches']
+
+def test_loaders_that_are_shared(watched):
+    "Loaders outside of make_learner shuffle by a state that goes on from run to run: it begins anew for each, and is given back"
+    learn = make()
+    state = learn.dls.train.rng.getstate()
+    def make_on_shared(): return learner_on(learn.dls)
+    compare(make_on_shared, {ALONE: Watch, 'same': Watch}, fit, 2, progress=False)
+    assert watched[0] == watched[1] and watched[2] == watched[3] and watched[0]['batches'] != watched[2]['batches']
+    assert learn.dls.train.rng.getstate() == state
+
+def learner_on(dls):
+    learn = make()
+    learn.dls = dls
+    return learn
+
+def test_callbacks_that_draw_numbers(watched):
+    "What a set-up draws while it is made does not move its batches"
+    compare(make, {ALONE: Watch, 'draws': lambda: [torch.rand(3), random.random(), Watch()][2:]}, fit, 2, progress=False)
+    assert watched[0] == watched[1]
+
+def test_random_states_are_given_back():
+    set_seed(3)
+    expected = torch.rand(1).item(), random.random(), np.random.rand()
+    set_seed(3)
+    quick(dict(same=None))
+    assert (torch.rand(1).item(), random.random(), np.random.rand()) == expected
+
+def test_a_model_that_is_trained_on_is_refused():
+    model = convnet(4)
+    with pytest.raises(RuntimeError, match=r"'kd' failed with seed 0: it starts from other weights .* make a new model"):
+        compare(lambda: learner(model), dict(kd=kd), fit, 2, progress=False)
+
+# ---- What is measured
+
+def test_the_last_epoch_and_not_the_best():
+    seen = []
+    def watching(learn, cbs):
+        learn.fit(4, .3, cbs=[*cbs, SaveModelCallback('accuracy')])
+        seen.append([row[2] for row in learn.recorder.values])
+    run = train_once(Arm(make, watching), 1)
+    assert run['metric'] == 'accuracy' and run['value'] == seen[0][-1] and max(seen[0]) > seen[0][-1]
+    assert run['batches'] == 16 and run['parameters'] == sum(p.numel() for p in convnet(4).parameters())
+
+def test_other_metrics():
+    run = partial(train_once, Arm(make, fit), 0)
+    by_column, after = run('valid_loss'), run(lambda learn: learn.validate()[0])
+    assert by_column['metric'] == 'valid_loss' and after['metric'] == 'metric'
+    assert by_column['value'] == pytest.approx(after['value'])
+    assert train_once(Arm(lambda: learner(convnet(4), metrics=None), fit), 0)['metric'] == 'valid_loss'
+    with pytest.raises(ValueError, match="no 'f1', but train_loss, valid_loss, accuracy"): run('f1')
+
+def runs_of(metric='accuracy', **values):
+    "Runs as `train_all` returns them"
+    return [dict(setup=name, seed=seed, metric=metric, value=value, cpu=1. + seed, wall=2., batches=10, parameters=7)
+        for name, row in values.items() for seed, value in enumerate(row)]
+
+VALUES = dict(alone=[.912, .931, .898, .925, .907], kd=[.919, .936, .909, .930, .917], noise=[.91, .94, .89, .93, .90])
+
+def test_table():
+    "Means, paired differences and p-values of the whole table; any set-up can be the baseline"
+    comparison = Comparison(runs_of(**VALUES), 'alone')
+    table = comparison.table()
+    assert list(table.index) == ['alone', 'kd', 'noise'] and list(table.columns[:7]) == ['accuracy', 'low', 'high', 'difference',
+        'difference low', 'difference high', 'p']
+    for name, values in VALUES.items(): assert list(table.loc[name].iloc[:3]) == list(mean_interval(values))
+    pairs = {name: paired_interval(VALUES[name], VALUES['alone']) for name in ('kd', 'noise')}
+    for name, pair in pairs.items(): assert list(table.loc[name].iloc[3:7]) == list(pair)
+    assert list(table['p (Holm)'][1:]) == holm([o[3] for o in pairs.values()]) and table.loc['alone'].iloc[3:8].isna().all()
+    assert list(table.loc['kd'].iloc[8:]) == [3., 2., 10, 7]
+    assert comparison.table('kd').loc['alone', 'difference'] == pytest.approx(-table.loc['kd', 'difference'])
+    with pytest.raises(ValueError, match="there is no 'nobody' .* alone, kd, noise"): comparison.table('nobody')
+
+def test_words():
+    lines = repr(Comparison(runs_of(**VALUES), 'alone')).splitlines()
+    assert lines[0].startswith("'kd' is better than 'alone': accuracy +0.0076") and "Holm's p 0.007" in lines[0]
+    assert lines[1].startswith("'noise' is within noise of 'alone'") and len(lines) == 2
+    losses = Comparison(runs_of('valid_loss', **VALUES), 'alone')
+    assert losses.words()[0].startswith("'kd' is worse than 'alone': valid_loss +0.0076")
+    assert Comparison(runs_of('valid_loss', **VALUES), 'alone', False).words()[0].startswith("'kd' is better")
+    longer = runs_of(**VALUES)
+    for run in longer[5:10]: run['batches'] = 20
+    assert Comparison(longer, 'alone').words()[2] == "'kd' was trained on 20 batches, 'alone' on 10"
+
+def test_plot():
+    comparison = Comparison(runs_of(**VALUES), 'alone', labels=dict(kd='4'), xlabel='T')
+    ax = comparison.plot()
+    assert [o.get_text() for o in ax.get_xticklabels()] == ['4', 'noise'] and ax.get_ylabel() == 'accuracy' and ax.get_xlabel() == 'T'
+    bars = [o.lines[0].get_ydata()[0] for o in ax.containers]
+    assert bars == [mean_interval(VALUES[name])[0] for name in ('kd', 'noise')] and comparison.plot(ax) is ax
+
+def test_identical_set_ups():
+    table = quick(dict(same=None)).table()
+    assert list(table.loc['same'][['difference', 'difference low', 'difference high', 'p']]) == [0, 0, 0, 1]
+
+# ---- A comparison goes on
+
+def test_nothing_is_repeated(tmp_path, watched):
+    "A second call takes what is there, more seeds and set-ups are added"
+    go = partial(compare, make, fit=fit, path=tmp_path, progress=False)
+    first = go({ALONE: Watch, 'kd': kd}, seeds=np.arange(2))
+    assert len(watched) == 2
+    again = go({ALONE: Watch, 'kd': kd}, seeds=2)
+    assert len(watched) == 2 and again.table().equals(first.table())
+    more = go({ALONE: Watch, 'kd': kd, 'half': partial(kd, weight=.2)}, seeds=3)
+    assert len(watched) == 3 and more.values().iloc[:2][['alone', 'kd']].equals(first.values()) and more.values().shape == (3, 3)
+
+def test_runs_of_something_else_are_refused(tmp_path, watched):
+    "Other code or another number under the same name, another fit, another metric, another folder"
+    def soft(T): return lambda: kd(T)
+    quick({ALONE: Watch, 'kd': soft(4)}, path=tmp_path)
+    watched.clear()
+    go = partial(quick, path=tmp_path)
+    with pytest.raises(ValueError, match="holds runs of another 'kd', with other code or settings"): go({ALONE: Watch, 'kd': soft(2)})
+    with pytest.raises(ValueError, match='holds another comparison, whose metric differed'):
+        go({ALONE: Watch, 'kd': soft(4)}, metric='valid_loss')
+    with pytest.raises(ValueError, match='holds another comparison, whose fit differed'):
+        go({ALONE: Watch, 'kd': soft(4)}, fit=lambda learn, cbs: learn.fit(2, cbs=cbs))
+    (tmp_path/'own').mkdir()
+    (tmp_path/'own'/'thesis.tex').touch()
+    with pytest.raises(ValueError, match='holds thesis.tex and no comparison'): go(dict(kd=soft(4)), path=tmp_path/'own')
+    assert watched == [] and os.listdir(tmp_path/'own') == ['thesis.tex']
+
+def test_description():
+    "Code, numbers in it, what it names: models by their weights, functions of the same module by their code"
+    def soft(T): return lambda: kd(T)
+    assert description(soft(4)) == description(soft(4)) != description(soft(2))
+    assert description(lambda: kd(T=4)) == description(lambda: kd(T=4)) != description(lambda: kd(T=2))
+    assert description(partial(kd, weight=.1)) == description(partial(kd, weight=.1)) != description(partial(kd, weight=.2))
+    model = convnet(2)
+    def names_model(): return model
+    before = description(names_model)
+    with torch.no_grad(): next(model.parameters())[0] += 1e-3
+    assert description(names_model) != before
+
+def test_a_set_up_that_fails(tmp_path):
+    "What is finished is kept, and mending the set-up goes on"
+    def stops(learn, cbs): learn.fit(1, cbs=[*cbs, At('after_batch', lambda learn: 1/0)])
+    said = r"'bad' failed with seed 0: [^\0]*division by zero. 2 runs were finished: they are kept in"
+    with pytest.raises(RuntimeError, match=said) as e: quick(dict(kd=kd, bad=dict(fit=stops)), path=tmp_path)
+    assert isinstance(e.value.__cause__, ZeroDivisionError)
+    assert sorted(o.name for o in tmp_path.iterdir()) == ['alone-0.json', 'comparison.json', 'kd-0.json']
+    assert quick(dict(kd=kd, bad=None), path=tmp_path).values().shape == (2, 3)
+    with pytest.raises(RuntimeError, match='1 runs were finished: give a path= and they are kept'): quick(dict(bad=dict(fit=stops)))
+    def lost(learn): return np.nan
+    with pytest.raises(RuntimeError, match="'alone' failed with seed 0: its lost is nan"): quick(dict(kd=kd), metric=lost)
+
+SCRIPT = """
+import os, signal, sys, torch
+torch.set_num_threads(1)
+from helpers import At, convnet, learner, trained_teacher
+from fastkd.all import *
+from fastkd.compare import compare
+teacher = trained_teacher()
+n_dead, path = int(sys.argv[1]), sys.argv[2]
+runs = 0
+def die(learn):
+    global runs
+    runs += 1
+    if runs == n_dead: os.kill(os.getpid(), signal.SIGKILL)
+def fit(learn, cbs): learn.fit(1, 1e-2, cbs=[*cbs, At('after_batch', lambda learn: sys.modules['__main__'].__dict__['die'](learn))])
+comparison = compare(lambda: learner(convnet(4)), {'kd': lambda: KnowledgeDistillationCallback(teacher, SoftTarget(T=4))}, fit, 2,
+    path=path or None, progress=False)
+print(runs)
+print(comparison.values().to_json())
+"""
+
+@pytest.mark.slow
+def test_killed_and_restarted(tmp_path):
+    "Killed in its third run, and again in its fourth, it ends with the table of one that was left in peace"
+    root = Path(__file__).parent.parent
+    def go(n_dead, path):
+        env = {**os.environ, 'PYTHONPATH': f'{root}{os.pathsep}{root/"tests"}'}
+        command = [sys.executable, '-W', 'ignore', '-c', SCRIPT, str(n_dead), str(path)]
+        return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+    whole = go(0, '')
+    killed = go(3, tmp_path)
+    assert killed.returncode == -signal.SIGKILL and sorted(o.name for o in tmp_path.glob('*-*')) == ['alone-0.json', 'kd-0.json']
+    assert go(2, tmp_path).returncode == -signal.SIGKILL
+    ended = go(0, tmp_path)
+    assert whole.stdout.split() == ['4', whole.stdout.split()[1]] and ended.stdout.split() == ['1', whole.stdout.split()[1]], ended.stderr
+
+def test_what_a_killed_write_leaves(tmp_path):
+    "A run that was half written is made again"
+    first = quick(dict(kd=kd), path=tmp_path)
+    file = tmp_path/'kd-1.json'
+    (tmp_path/'kd-1.json.part').write_text(file.read_text()[:20])
+    file.unlink()
+    assert quick(dict(kd=kd), path=tmp_path).values().equals(first.values())
+
+def test_any_name(tmp_path):
+    name = '../T=4 / α'
+    first = quick({name: kd}, path=tmp_path/'a')
+    assert os.listdir(tmp_path) == ['a'] and quick({name: kd}, path=tmp_path/'a').table().equals(first.table())
+
+# ---- Tuning and time
+
+def at_lr(lr): return dict(fit=lambda learn, cbs: learn.fit(1, lr, cbs=cbs))
+
+def test_tuning():
+    "Candidates are tried on seeds of their own; the best goes into the comparison"
+    comparison = quick({ALONE: [at_lr(1e-2), at_lr(30.)], 'kd': [partial(kd, weight=.5), partial(kd, weight=.6)]}, metric='valid_loss')
+    assert comparison.trials.keys() == {'alone', 'kd'} and [len(o) for o in comparison.trials.values()] == [2, 2]
+    assert comparison.trials['alone'][0] < comparison.trials['alone'][1]
+    assert comparison.values()['alone'].tolist() == quick(dict(same=None), metric='valid_loss').values()['alone'].tolist()
+    assert "'alone' is candidate 0 of 2" in comparison.words() and {*comparison.runs['seed']} == {0, 1}
+
+def test_tuning_looks_at_the_validation_set_only():
+    calls = []
+    def on_test(learn): return calls.append(1) or 1. + len(calls)
+    quick({ALONE: [at_lr(1e-2), at_lr(1e-3)], 'same': None}, metric=on_test)
+    assert len(calls) == 4 # two set-ups, two seeds
+
+def test_more_trials_than_the_baseline():
+    with pytest.raises(ValueError, match="'kd' has 2 candidates and the baseline 1: what is tuned more, looks better"):
+        quick(dict(kd=[kd, kd]))
+    with pytest.raises(ValueError, match=r'seeds \[1\] would both choose and judge'):
+        quick({ALONE: [kd, kd]} | dict(a=None), tuning_seeds=[1, 5])
+
+def test_cost_honest(tmp_path, watched):
+    "The baseline trains as many times longer as the slowest set-up takes, also after a restart, whatever the clock says then"
+    def wait(learn): time.sleep(.2)
+    def slow(): return At('after_fit', wait)
+    go = partial(compare, make, {ALONE: Watch, 'kd': kd, 'slow': slow}, fit, 2, path=tmp_path, cost_honest=True, progress=False)
+    comparison = go()
+    name = 'alone, as long as slow'
+    run = comparison.runs[comparison.runs['setup'] == name].iloc[0]
+    wall = comparison.runs.pivot(index='seed', columns='setup', values='wall')
+    assert run['times'] == round((wall['slow']/wall['alone']).median(), 2) > 1 and run['batches'] == 4*round(run['times'])
+    for file in tmp_path.glob('alone-*.json'):
+        text = json.loads(file.read_text())
+        file.write_text(json.dumps(text | dict(wall=1e-3)))
+    (tmp_path/'alone%2C%20as%20long%20as%20slow-1.json').unlink()
+    assert {*go().runs.query('setup == @name')['times']} == {run['times']}
+
+def test_cost_honest_needs_a_fit_that_can():
+    def fixed(learn, cbs): learn.fit(1, cbs=cbs)
+    with pytest.raises(TypeError, match=r'let fit take how much, fit=lambda learn, cbs, times=1'):
+        quick(dict(kd=kd), fit=fixed, cost_honest=True)
+    with pytest.raises(ValueError, match="no set-up 'nobody'"): quick(dict(kd=kd), cost_honest='nobody')
+
+# ---- Sweeps and errors
+
+def test_sweep(tmp_path):
+    comparison = sweep(make, lambda weight: kd(weight=weight), fit, 2, path=tmp_path, weight=[.1, .9], progress=False)
+    assert list(comparison.values()) == ['alone', 'weight=0.1', 'weight=0.9']
+    again = quick({'weight=.9': partial(kd, weight=.9)})
+    assert comparison.values()['weight=0.9'].tolist() == again.values()['weight=.9'].tolist()
+    ax = comparison.plot()
+    assert [o.get_text() for o in ax.get_xticklabels()] == ['0.1', '0.9'] and ax.get_xlabel() == 'weight'
+    with pytest.raises(TypeError, match='one setting, as in T'): sweep(make, kd, fit, weight=[.1], T=[1])
+    with pytest.raises(TypeError, match='not none'): sweep(make, kd, fit)
+
+@pytest.mark.parametrize('setups,error,text', [
+    (dict(kd=kd()), TypeError, "'kd': learners and callbacks are made anew for each run, by functions: lambda"),
+    (dict(kd=dict(make_learner=4)), TypeError, "'kd': learners and callbacks are made anew"),
+    (dict(kd=dict(loss=kd)), TypeError, "'kd' says loss: a set-up is a dict of make_learner, fit and cbs"),
+    (dict(kd=[]), ValueError, "'kd' has no candidate"),
+    ({}, ValueError, 'at least one set-up beside the baseline')], ids=['instance', 'number', 'unknown', 'empty', 'none'])
+def test_set_ups_that_are_none(setups, error, text):
+    with pytest.raises(error, match=re.escape(text)): quick(setups)
+
+def test_other_errors():
+    with pytest.raises(ValueError, match='at least two seeds'): quick(dict(kd=kd), seeds=1)
+    with pytest.raises(RuntimeError, match="'alone' failed with seed 0: make_learner returns a Learner, not Sequential"):
+        compare(lambda: convnet(4), dict(kd=kd), fit, 2, progress=False)
+
+def test_a_fit_that_forgets_its_callbacks():
+    with pytest.raises(RuntimeError, match='let fit pass them on'): quick(dict(kd=kd), fit=lambda learn, cbs: learn.fit(1))
+
+def test_reports_are_an_extra(monkeypatch):
+    "Said before any training"
+    def missing(name): raise ImportError(name)
+    monkeypatch.setattr('fastkd.statistics.import_module', missing)
+    with pytest.raises(ImportError, match=r'pip install fastkd\[report\]'): compare(None, dict(kd=kd), None)
+
+def test_progress(capsys):
+    compare(make, dict(kd=kd), fit, 2)
+    assert 'epoch' not in capsys.readouterr().out # of two seeds and two set-ups, and not of the epochs of each run
