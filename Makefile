@@ -47,6 +47,7 @@ bench: $(DEV)
 	OMP_NUM_THREADS=1 TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python -W ignore -m benchmarks.losses
 	OMP_NUM_THREADS=1 TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python -W ignore -m benchmarks.logits
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.stores
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.report
 
 setup: $(DEV)
 
