@@ -462,6 +462,10 @@ def for_student(self:CachedTeacher, learn, axis=1):
 @patch
 def modules(self:CachedTeacher): return self.teacher.modules()
 
+# %% ../nbs/23_cache.ipynb #a103fc26
+@patch
+def reorders(self:CachedTeacher, layer): return self.teacher.reorders(layer)
+
 @patch
 def teacher_module(self:CachedTeacher, name): return self.teacher.teacher_module(name)
 

@@ -49,7 +49,7 @@ class KnowledgeDistillationCallback(Callback):
         weight:float=.5, # Weight of the distillation loss, in [0, 1] unless `task_weight` is given
         schedule=None, # A `Schedule` for the weight, or a dict: `{'weight': cos, 'T': SchedLin(8, 1)}`
         task_weight:float=None, # Weight of the task loss; by default what `weight` (scheduled) leaves of 1
-        logits=logits, # Finds the prediction in what a model returns
+        logits=logits, # Finds the prediction in what a model returns: the student, and a teacher that is no `Teacher`
         teacher_input=None, # `teacher_input(*xb)` is the teacher's input, a tensor or tuple; by default the student's
         teacher_dtype:torch.dtype=None, # Autocast for the teacher alone, such as `torch.bfloat16`
         mask=None, # `mask(*xb)` is True at positions that count, `(bs, ...)`; by default those that the task loss does not ignore
@@ -120,7 +120,7 @@ def as_teacher(
         teacher, settings = Ensemble(members), (logits, None, None)
     if isinstance(teacher, Learner): teacher = from_learner(teacher, learn, *settings, axis=axis)
     elif isinstance(teacher, nn.Module): teacher = Frozen(teacher, *settings)
-    elif settings != (logits, None, None):
+    elif settings[1:] != (None, None): # its logits are its own, too, and those that are given are the student's
         raise ValueError(f'{teacher} has settings of its own: give them to the model within, as in '
             'CachedTeacher(Frozen(model, logits=…, inputs=…, dtype=…))')
     elif 'index' in teacher.wants and not _numbered(learn.dls.train):
@@ -131,6 +131,15 @@ def as_teacher(
 @patch
 def _as_teacher(self:KnowledgeDistillationCallback):
     return as_teacher(self.teacher, self.learn, self._axis(), (self.logits, self.teacher_input, self.teacher_dtype))
+
+# %% ../nbs/30_callback.ipynb #40779678
+@patch
+def _check_order(self:KnowledgeDistillationCallback, teacher):
+    "No part reads classes in the teacher's own order"
+    for part in self.loss.parts:
+        if part.teacher_pred is None or not teacher.reorders(part.teacher_pred): continue
+        raise ValueError(f"{part}: the teacher's classes are in another order than the student's, and only its last prediction is "
+            f"reordered, not the output of its layer '{part.teacher_pred}'")
 
 @patch
 def _check_models(self:KnowledgeDistillationCallback, teacher):
@@ -260,6 +269,7 @@ def before_fit(self:KnowledgeDistillationCallback):
         self._check_parts()
         teacher = self._as_teacher()
         self._check_models(teacher)
+        self._check_order(teacher)
     parts, wants = self.loss.parts, {name for part in self.loss.parts for name in part.wants}
     names = lambda *sides: [name for part in parts for side in sides for name in listify(getattr(part, side))]
     teachers = list(dict.fromkeys(names('teachers', 'teacher_pred')))

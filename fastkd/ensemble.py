@@ -182,6 +182,12 @@ def settings(self:Ensemble): return self.mean, self.weights, self.T, self.axis, 
 
 # %% ../nbs/25_ensemble.ipynb #4de5f5df
 @patch
+def reorders(self:Ensemble, layer):
+    "A place alone is a teacher's last prediction, which has the student's order"
+    place, _, path = layer.partition('.')
+    return bool(path) and place.isdigit() and int(place) < len(self.teachers) and self.teachers[int(place)].reorders(path)
+
+@patch
 def teacher_module(self:Ensemble, name):
     place, _, path = name.partition('.')
     if not place.isdigit() or int(place) >= len(self.teachers):

@@ -93,6 +93,13 @@ def _comparison(student, teacher, name, partners):
     theirs = place(teacher, partners[name])
     return mine, theirs, _obstacle(mine, theirs)
 
+# %% ../nbs/03_initialisation.ipynb #2af2b744
+def _written_before(mine, theirs, copies):
+    "Why a layer whose tensors are those of an earlier one is not copied; '' where it can be"
+    sources = {o.data_ptr(): source for o, source in copies if o.numel()}
+    other = [key for key, o in mine.items() if sources.get(o.data_ptr(), theirs.get(key)) is not theirs.get(key)]
+    return f'{other[0]} is shared with a layer above, which is copied from another one' if other else ''
+
 def init_from_teacher(
     student, # Model to be trained, or its `Learner`
     teacher, # Trained model, or its `Learner`
@@ -105,6 +112,7 @@ def init_from_teacher(
     rows, copies = [], []
     for name in ['', *get_model_layers(student)]:
         mine, theirs, why = _comparison(student, teacher, name, partners)
+        if not why: why = _written_before(mine, theirs, copies)
         if mine: rows.append((name, partners.get(name, ''), sum(o.numel() for o in mine.values()), not why, why))
         if not why: copies += [(o, theirs[key]) for key, o in mine.items()]
     if not copies: warnings.warn('nothing of the teacher fits: the student is as it was', stacklevel=2)

@@ -104,4 +104,6 @@ def from_learner(
     if inputs is None and not same:
         warnings.warn("the teacher's images were normalized by other statistics than the student's: its inputs are converted", stacklevel=2)
         inputs = partial(renormalize, student=stats_s, teacher=stats_t)
-    return Frozen(teacher.model, logits, inputs, dtype)
+    found = Frozen(teacher.model, logits, inputs, dtype)
+    found.is_reordered = columns is not None
+    return found

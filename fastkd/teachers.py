@@ -40,6 +40,7 @@ class Teacher:
     def load_state_dict(self, state): "Go on from what `state_dict` returned"
     def for_student(self, learn, axis=1): return self
     def settings(self): return ()
+    def reorders(self, layer): return False # Whether the output of `layer` has its classes in another order than the student
     live = property(lambda self: self, doc='The teacher without a memory')
     def modules(self): return []
     def teacher_module(self, name): raise ValueError(f"{self} has no layers, and '{name}' was asked for")
@@ -47,6 +48,7 @@ class Teacher:
 # %% ../nbs/20_teachers.ipynb #1888e6ec
 class Frozen(Teacher):
     "A module as teacher: eval mode, no graph, nothing touched"
+    is_reordered = False # Whether `logits` brings classes into another order
     def __init__(self,
         module:nn.Module, # The trained model
         logits:Callable=logits, # Finds the prediction in what the model returns
@@ -60,6 +62,7 @@ class Frozen(Teacher):
     def __repr__(self): return f'Frozen({type(unwrap_model(self.module)).__name__})'
 
     def settings(self): return self.logits, self.dtype
+    def reorders(self, layer): return self.is_reordered
 
     def outputs(self,
         xb:tuple, # The batch as the student sees it

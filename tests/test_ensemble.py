@@ -222,3 +222,16 @@ def test_confidence_without_classes():
 
 def test_confidence_in_a_cache():
     with pytest.raises(TypeError): CachedTeacher(Ensemble(two(), weights='confidence'))
+
+def test_logits_are_the_students():
+    "A teacher that is a `Teacher` has its own; what is given finds the student's prediction"
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = seeded(convnet, 4)
+        def forward(self, x): return dict(hidden=x.flatten(1), scores=self.net(x))
+    scores = lambda output: output['scores']
+    found = learner(Wrapped(), loss_func=lambda output, y: nn.functional.cross_entropy(scores(output), y), metrics=[], opt_func=SGD)
+    fitted(found, KD(Ensemble([trained_teacher()]), SoftTarget, logits=scores))
+    expected = fitted(student(), KD(trained_teacher(), SoftTarget))
+    assert furthest(weights(found.model.net), weights(expected.model)) < 1e-6

@@ -141,3 +141,16 @@ def test_a_copied_model_is_the_teacher():
     init_from_teacher(student, copy.deepcopy(teacher))
     x = torch.randn(5, 4)
     assert torch.equal(student.eval()(x), teacher.eval()(x))
+
+def test_a_tensor_that_is_shared_is_written_once():
+    "And the table does not say of the second layer that it was copied, unless the teacher shares it, too"
+    class Tied(nn.Module):
+        def __init__(self, is_tied):
+            super().__init__()
+            self.embed, self.decode = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+            if is_tied: self.decode.weight = self.embed.weight
+    student, teacher = Tied(True), Tied(False)
+    found = init_from_teacher(student, teacher)
+    assert torch.equal(student.embed.weight, teacher.embed.weight) and list(found.copied) == ['embed']
+    assert 'weight is shared with a layer above' in found.table['why not'].iloc[1]
+    assert list(init_from_teacher(Tied(True), Tied(True)).copied) == ['embed', 'decode']

@@ -174,6 +174,18 @@ def test_permuted_vocabulary():
         fitted(expected, KD(named_learner(trained_teacher()), SoftTarget))
     assert same(weights(found.model), weights(expected.model))
 
+@pytest.mark.filterwarnings("ignore:the teacher's classes are in another order")
+def test_prediction_of_a_layer_in_another_order():
+    "Only the last prediction is reordered: in an ensemble, that of each teacher"
+    order = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
+    teacher = named_learner(permuted(trained_teacher(), order), ''.join('abcdefghij'[i] for i in order))
+    fit = lambda teacher, layer: error_of(ValueError, named_learner(seeded(convnet, 4)), KD(teacher, SoftTarget().on(teacher_pred=layer)))
+    assert "not the output of its layer 'head'" in fit(teacher, 'head') and "its layer '0.head'" in fit([teacher], '0.head')
+    found, expected = named_learner(seeded(convnet, 4)), named_learner(seeded(convnet, 4))
+    fitted(found, KD([teacher], SoftTarget().on(teacher_pred='0')))
+    fitted(expected, KD(trained_teacher(), SoftTarget))
+    assert same(weights(found.model), weights(expected.model))
+
 def test_other_vocabulary():
     teacher = named_learner(trained_teacher(), 'abcdefghijx')
     student = named_learner(seeded(convnet, 4))
