@@ -17,21 +17,23 @@ from fastai.torch_core import no_random
 from fastcore.basics import detuplify, patch
 from torch import Tensor
 from .callback import KnowledgeDistillationCallback, _numbered, as_teacher
+from .losses.core import _full_precision
 from .schedules import Schedule, as_schedules, check_curve, multiplies
 
 # %% ../nbs/34_curriculum.ipynb #3f7fb337
 def sure_of_label(
     teacher_pred:Tensor, # Teacher's logits `(bs, n_classes, ...)`
-    target:Tensor, # Classes `(bs, ...)`; positions whose label is no class do not count
+    target:Tensor, # Classes `(bs, ...)`, or `(bs, 1)`, as tables have them; positions whose label is no class do not count
     axis:int=1, # Dimension that holds the classes
 ) -> Tensor: # `(bs,)`, the larger the easier
     "Logarithm of the probability that the teacher gives the label, the mean over positions where there are several"
     log_probs = teacher_pred.movedim(axis, 1).float().log_softmax(1)
+    if isinstance(target, Tensor) and log_probs.ndim == 2 and target.shape[1:] == (1,): target = target[:, 0]
     if not isinstance(target, Tensor) or target.is_floating_point() or target.shape != log_probs[:, 0].shape:
         raise ValueError('sure_of_label compares with labels that are classes, as integers: Curriculum(teacher, by=sure_of_any) '
             'does without')
     known = (0 <= target) & (target < log_probs.shape[1])
-    of_label = log_probs.gather(1, target.where(known, 0)[:, None])[:, 0]
+    of_label = log_probs.gather(1, target.where(known, 0).long()[:, None])[:, 0]
     of_known, known = (o.reshape(len(o), -1) for o in (torch.where(known, of_label, 0.), known))
     return of_known.sum(1)/known.sum(1).clamp(min=1)
 
@@ -79,6 +81,7 @@ def _easiness(teacher, learn, by, axis, batch, n_before):
         raise ValueError(f'{teacher} answers by what the student says ({unknown[0]}), which says nothing before training: rank '
             'the samples by another teacher')
     pred, _ = teacher.outputs(xb, **{name: known[name]() for name in teacher.wants})
+    pred, target = _full_precision((pred, target))
     values = by(pred, target, axis)
     if values.shape == (len(xb[0]),): return values.cpu()
     raise ValueError(f'by(teacher_pred, target, axis) returns a number for each sample, not shape {tuple(values.shape)} for '

@@ -1,13 +1,16 @@
 "A curriculum: who is ranked how, which samples an epoch draws, and that nothing of it stays."
-import pickle, pytest, torch
+import pickle, pytest, torch, torch.nn.functional as F
 from fastai.basics import DataLoader, DataLoaders, set_seed
 from fastai.callback.schedule import SchedLin
+from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import Datasets
+from fastai.data.transforms import IndexSplitter
 from fastai.vision.augment import RandTransform
 from fastkd.all import CachedTeacher, Ensemble, KnowledgeDistillationCallback, SoftTarget, StoredTeacher, cos, lin
 from fastkd.curriculum import Curriculum, sure_of_any, sure_of_label
 from fastkd.schedules import Stages
-from helpers import At, digits, fitted, learner, raising, same, started, trained_teacher, weights
+from helpers import (At, convnet, digits, fitted, image, learner, name, named_learner, raising, same, seeded, started, trained_teacher,
+    weights)
 
 def easiest(teacher, n=100):
     "By hand: positions by the probability of the label"
@@ -82,6 +85,21 @@ def test_easiness_of_positions():
     torch.testing.assert_close(sure_of_label(z.movedim(1, -1), y, axis=-1), torch.stack(by_hand))
     torch.testing.assert_close(sure_of_any(z), (log_probs.exp()*log_probs).sum(1).mean((1, 2)))
     with pytest.raises(ValueError, match='by=sure_of_any'): sure_of_label(z, torch.randn(2, 3))
+
+@pytest.mark.parametrize('by', [sure_of_label, lambda pred, target, axis: -F.cross_entropy(pred, target, reduction='none')])
+def test_fastais_own_loaders(by):
+    "Images and categories that are subclasses of tensors, as a DataBlock makes them"
+    block = DataBlock((TransformBlock, CategoryBlock(vocab=list('abcdefghij'), sort=False)), get_x=image, get_y=name,
+        splitter=IndexSplitter(range(25)))
+    learn, curriculum = named_learner(seeded(convnet, 4)), Curriculum(trained_teacher(), by=by)
+    learn.dls = block.dataloaders(range(100), bs=25, num_workers=0, device='cpu')
+    learn.fit(1, cbs=[curriculum, KnowledgeDistillationCallback(trained_teacher(), SoftTarget())])
+    assert [25 + i for i in curriculum.ranking.tolist()] == [i for i in easiest(trained_teacher()) if i >= 25]
+
+def test_labels_of_tables():
+    "A column of classes"
+    z, y = torch.randn(5, 3), torch.randint(3, (5, 1))
+    torch.testing.assert_close(sure_of_label(z, y.char()), z.log_softmax(1).gather(1, y)[:, 0])
 
 @pytest.mark.parametrize('make', [lambda o: o, CachedTeacher, lambda o: [o, o], lambda o: Ensemble([o], weights='confidence'),
     lambda o: learner(o), lambda o: StoredTeacher(o.eval()(torch.stack([x for x, y in digits()[:100]])).detach())])
