@@ -240,6 +240,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'fastkd.curriculum.Curriculum.share': ('curriculum.html#curriculum.share', 'fastkd/curriculum.py'),
                                    'fastkd.curriculum._check_share': ('curriculum.html#_check_share', 'fastkd/curriculum.py'),
                                    'fastkd.curriculum._easiness': ('curriculum.html#_easiness', 'fastkd/curriculum.py'),
+                                   'fastkd.curriculum._easy': ('curriculum.html#_easy', 'fastkd/curriculum.py'),
                                    'fastkd.curriculum._in_order': ('curriculum.html#_in_order', 'fastkd/curriculum.py'),
                                    'fastkd.curriculum._loader': ('curriculum.html#_loader', 'fastkd/curriculum.py'),
                                    'fastkd.curriculum.rank': ('curriculum.html#rank', 'fastkd/curriculum.py'),

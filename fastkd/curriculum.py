@@ -153,14 +153,19 @@ def _rank(self:Curriculum):
 @patch
 def _draw(self:Curriculum):
     "An epoch's number of positions, of easy samples only"
-    (dl, own, _, chosen), drawn = self.drawing, []
+    dl, own, _, chosen = self.drawing
     self.cleanup()
-    while len(drawn) < dl.n:
-        more = [i for i in own() if i in chosen]
-        if not more: raise ValueError('the loader draws none of the easy samples: do its weights leave them out?')
-        drawn += more
-    return drawn[:dl.n]
+    every = own()
+    drawn = _easy(every, chosen)
+    while len(drawn) < len(every): drawn += _easy(own(), chosen)
+    return drawn[:len(every)]
 
+def _easy(positions, chosen):
+    drawn = [i for i in positions if i in chosen]
+    if drawn: return drawn
+    raise ValueError('the loader draws none of the easy samples: do its weights leave them out?')
+
+# %% ../nbs/34_curriculum.ipynb #8e2b7a64
 @patch
 def cleanup(self:Curriculum):
     "The loader draws by itself again"

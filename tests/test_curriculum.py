@@ -6,7 +6,7 @@ from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import Datasets
 from fastai.data.transforms import IndexSplitter
 from fastai.vision.augment import RandTransform
-from fastkd.all import CachedTeacher, Ensemble, KnowledgeDistillationCallback, SoftTarget, StoredTeacher, cos, lin
+from fastkd.all import CachedTeacher, Ensemble, KnowledgeDistillationCallback, OtherView, SoftTarget, StoredTeacher, cos, lin, two_views
 from fastkd.curriculum import Curriculum, sure_of_any, sure_of_label
 from fastkd.schedules import Stages
 from helpers import (At, convnet, digits, fitted, image, learner, name, named_learner, raising, same, seeded, started, trained_teacher,
@@ -39,6 +39,15 @@ def test_epochs_draw_the_easiest():
     for positions, n in zip(drawn.positions, (50, 75, 100, 100)): assert {*positions} == {*order[:n]}
     assert max(map(drawn.positions[0].count, range(100))) == 2 and [drawn.positions[1].count(i) for i in range(100)].count(2) <= 25
     assert torch.equal(drawn.images[0], torch.stack([digits()[i][0] for i in drawn.positions[0][:25]]))
+
+def test_pairs_stay_pairs():
+    "Two views: as many batches as ever, of easy samples twice in a row"
+    teacher, drawn, learn = trained_teacher(), Drawn(), learner(bs=20)
+    learn.dls = two_views(learn.dls)
+    kd = KnowledgeDistillationCallback(OtherView(), SoftTarget())
+    learn.fit(2, cbs=[Curriculum(teacher, start=.5), kd, *drawn.cbs, At('after_fit', lambda learn: drawn.n_batches.append(learn.pct_train))])
+    assert drawn.n_batches == [10, 10, pytest.approx(1)] and [len(o) for o in drawn.positions] == [200]*2
+    assert all(o[::2] == o[1::2] for o in drawn.positions) and {*drawn.positions[0]} == {*easiest(teacher)[:50]}
 
 def test_the_whole_set_is_plain_training():
     "With `start=1` not a bit is different, though the teacher ranked"
