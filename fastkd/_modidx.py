@@ -238,6 +238,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'fastkd/curriculum.py'),
                                    'fastkd.curriculum.Curriculum.cleanup': ('curriculum.html#curriculum.cleanup', 'fastkd/curriculum.py'),
                                    'fastkd.curriculum.Curriculum.share': ('curriculum.html#curriculum.share', 'fastkd/curriculum.py'),
+                                   'fastkd.curriculum._check_settings': ('curriculum.html#_check_settings', 'fastkd/curriculum.py'),
                                    'fastkd.curriculum._check_share': ('curriculum.html#_check_share', 'fastkd/curriculum.py'),
                                    'fastkd.curriculum._easiness': ('curriculum.html#_easiness', 'fastkd/curriculum.py'),
                                    'fastkd.curriculum._easy': ('curriculum.html#_easy', 'fastkd/curriculum.py'),

@@ -1,14 +1,15 @@
 "A curriculum: who is ranked how, which samples an epoch draws, and that nothing of it stays."
 import pickle, pytest, torch, torch.nn.functional as F
 from fastai.basics import DataLoader, DataLoaders, set_seed
-from fastai.callback.schedule import SchedLin
+from fastai.callback.schedule import SchedLin, sched_cos
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import Datasets
 from fastai.data.transforms import IndexSplitter
 from fastai.vision.augment import RandTransform
-from fastkd.all import CachedTeacher, Ensemble, KnowledgeDistillationCallback, OtherView, SoftTarget, StoredTeacher, cos, lin, two_views
+from fastkd.all import (CachedTeacher, Ensemble, Itself, KnowledgeDistillationCallback, MeanTeacher, OtherView, SoftTarget, StoredTeacher,
+    cos, lin, two_views)
 from fastkd.curriculum import Curriculum, sure_of_any, sure_of_label
-from fastkd.schedules import Stages
+from fastkd.schedules import Stages, multiplies
 from helpers import (At, convnet, digits, fitted, image, learner, name, named_learner, raising, same, seeded, started, trained_teacher,
     weights)
 
@@ -65,7 +66,7 @@ def test_steps_and_schedules_are_those_of_a_fit_without():
 @pytest.mark.parametrize('schedule,expected', [(lin, [.2, .4, .6, .8]), (SchedLin(.1, .9), [.1, .3, .5, .7]),
     (Stages(SchedLin(.2, 1), 2), [.2, .2, 1, 1]), (Stages(lin, 2), [.2, .2, 1, 1])])
 def test_shares(schedule, expected):
-    curriculum = Curriculum(None, start=.2, schedule=schedule)
+    curriculum = Curriculum(None, start=.2 if multiplies(schedule) else None, schedule=schedule)
     assert [curriculum.share(epoch/4) for epoch in range(4)] == pytest.approx(expected)
 
 def test_at_least_a_batch():
@@ -201,7 +202,7 @@ def test_random_numbers_are_the_students():
 
 # ---- Errors before training
 
-@pytest.mark.parametrize('kwargs', [dict(start=0), dict(start=1.5), dict(schedule=SchedLin(.3, 1.2)), dict(schedule=SchedLin(0, 1))])
+@pytest.mark.parametrize('kwargs', [dict(start=0.), dict(start=1.5), dict(schedule=SchedLin(.3, 1.2)), dict(schedule=SchedLin(0, 1))])
 def test_shares_out_of_range(kwargs):
     with pytest.raises(ValueError, match='above 0 and at most 1'): Curriculum(None, **kwargs)
 
@@ -213,6 +214,27 @@ def test_errors():
     broken = trained_teacher()
     broken.head[-1].bias.data[0] = float('nan')
     with pytest.raises(ValueError, match='gives no number to sample 0'): learner().fit(1, cbs=Curriculum(broken))
+
+def test_errors_of_its_own():
+    "In its own words, where it is written down"
+    with pytest.raises(TypeError, match='schedule is a `Schedule` or .* Write `SchedCos.* for progress from 0 to 1'):
+        Curriculum(None, schedule=sched_cos)
+    with pytest.raises(TypeError, match=r'not SoftTarget: Curriculum\(teacher\)'): Curriculum(SoftTarget)
+    with pytest.raises(ValueError, match=r'SchedLin\(0.2, 1\) is the share itself .* leave out start=0.9'):
+        Curriculum(None, start=.9, schedule=SchedLin(.2, 1))
+    assert [str(o) for o in (Curriculum(None), Curriculum(None, schedule=SchedLin(.2, 1)))] == [
+        'Curriculum(start=0.3, Schedule(sched_lin, 0→0.5 of training, 0→1))', 'Curriculum(SchedLin(0.2, 1))']
+    learn = learner(cbs=Curriculum(trained_teacher()))
+    with pytest.raises(ValueError, match='two curricula in one fit'): learn.fit(1, cbs=Curriculum(trained_teacher()))
+
+@pytest.mark.parametrize('teacher', [MeanTeacher(), Itself(), OtherView(), [MeanTeacher(), Itself()]])
+def test_who_knows_nothing_ranks_nothing(teacher):
+    with pytest.raises(ValueError, match='knows nothing before training'): learner().fit(1, cbs=Curriculum(teacher))
+
+def test_an_untrained_teacher(recwarn):
+    learner().fit(1, cbs=Curriculum(trained_teacher()))
+    assert not [o for o in recwarn if 'the teacher is right' in str(o.message)]
+    with pytest.warns(UserWarning, match='guessing would give 10%'): learner().fit(1, cbs=Curriculum(seeded(convnet, 4, seed=2)))
 
 def test_loaders_without_positions():
     batches = DataLoader(iter(digits()[:50]), bs=25, n=50)
