@@ -612,6 +612,7 @@ def after_train(self:KnowledgeDistillationCallback):
         if fit.blamed is not None and fit.blamed:
             raise RuntimeError(f"the distillation loss was not finite in this epoch though the student's predictions were: {fit.teacher}, "
                 f"{self.loss}")
+    if fit.n_batches > 1 and fit.peaks['weight'] > 0: self._tell_silent() # one batch may well be silent, such as the first
 
 @patch
 def before_backward(self:KnowledgeDistillationCallback):
@@ -639,12 +640,27 @@ def _advise(self:KnowledgeDistillationCallback, task, parts, given):
         scale = scaler.get_scale() if scaler is not None else 1.
         try:
             with self.loss.setting(factors): 
-                said |= unbalanced_parts(task, parts, self.loss, weight, self._left_for_task(weight), params, scale)
+                said |= unbalanced_parts(task, parts, self.loss, weight, self._left_for_task(weight), params, scale, self._reasons())
         except RuntimeError: pass # some graphs can be walked only by `backward`, such as reentrant checkpoints
     for key, message in said.items():
         if message: self._warn_once(key, message)
 
 _SIDES = dict(student='pred', teacher='teacher_pred')
+
+# %% ../nbs/30_callback.ipynb #b8d05f16
+@patch
+def _reasons(self:KnowledgeDistillationCallback):
+    "What it may mean that a part says nothing, by the name of the part"
+    return {part.name: self._fit.teacher.why_silent(part) or getattr(part.loss, 'why_silent', None) for part in self.loss.parts}
+
+@patch
+def _tell_silent(self:KnowledgeDistillationCallback):
+    "Warn once of parts that were 0 in a whole epoch"
+    reasons, sums = self._reasons(), self._fit.sums
+    for part in self.loss.parts:
+        if part.factor == 0 or sums[_column(part) if len(self.loss.parts) > 1 else 'distillation_loss'] != 0: continue
+        reason = reasons[part.name] or 'Student and teacher say the same'
+        self._warn_once(part.name, f'{part} was 0 in every batch of an epoch, so it taught nothing. {reason}')
 
 # %% ../nbs/30_callback.ipynb #777edfcd
 @patch

@@ -25,6 +25,9 @@ class Itself(Teacher):
     learns, wants = True, ('student_pred', 'fm_s')
     def student_layers(self, layers): return layers
     def __repr__(self): return f'{type(self).__name__}()'
+    def why_silent(self, part):
+        if part.students != part.teachers or part.pred != part.teacher_pred: return None
+        return 'The student says it itself, and is compared with that: take DeepSupervision(), or pairs of layers that differ'
 
     def outputs(self,
         xb:tuple, # The batch as the student sees it, not used
@@ -151,6 +154,7 @@ def two_views(
 class OtherView(Itself):
     "What the student says of the other view of each sample, for loaders made by `two_views`"
     starts_silent, wants = True, ('index', 'student_pred', 'fm_s')
+    def why_silent(self, part): return 'Both views of each sample are the same: augment the training set'
     live = property(lambda self: Itself(), doc='Of one sample there is no other view: the shapes are its own')
 
     def for_student(self, learn, axis=1):

@@ -153,6 +153,9 @@ class Confident(ResponseLoss):
         if not isinstance(loss, ResponseLoss): raise TypeError(f'Confident wraps a loss on predictions, such as HardLabel(), not {loss!r}')
         self.loss, self.least, self.usual_weight = loss, least, loss.usual_weight
 
+    @property
+    def why_silent(self): return f'The teacher was never sure enough: lower least={self.least:g}'
+
     def forward(self,
         pred:Tensor, # Student's logits `(bs, n_classes, ...)`
         teacher_pred:Tensor, # Teacher's logits, of the same shape

@@ -86,6 +86,11 @@ def test_a_beginner_is_no_mistake(recwarn):
         fitted(learner(), KD(teacher, loss, weight=.5), n_epoch=1)
     assert [str(o.message) for o in recwarn if 'teacher' in str(o.message) or 'gradient' in str(o.message)] == []
 
+@pytest.mark.parametrize('loss,layers', [(SoftTarget(), ()), (Logits(), ()), (100*FitNet(), ('block1', 'block1'))])
+def test_what_it_says_itself_teaches_it_nothing(loss, layers):
+    with pytest.warns(UserWarning) as said: fitted(learner(), KD(Itself(), loss, *layers))
+    assert len(said) == 1 and 'take DeepSupervision(), or pairs of layers that differ' in str(said[0].message)
+
 # ---- The mean
 
 def followed(states, decay):
@@ -313,6 +318,16 @@ def test_other_view_by_hand():
     fitted(found, KD(OtherView(), SoftTarget(T=2) + 3*FitNet().on('block2', 'block2')), n_epoch=2)
     fitted(expected, Swapped(nn.Identity(), None, .5, ['block2']), n_epoch=2)
     assert furthest(weights(found.model), weights(expected.model)) < 1e-5
+
+def test_views_that_are_the_same(recwarn):
+    "Are warned of, once, after an epoch, and those that differ are not"
+    learn, n = viewed(None), []
+    fitted(learn, [KD(OtherView(), SoftTarget() + 0*Logits()), At('before_validate', lambda learn: n.append(len(recwarn)), nth=0)])
+    assert n == [1, 1] and str(recwarn[0].message) == ('SoftTarget(T=5) was 0 in every batch of an epoch, so it taught nothing. '
+        'Both views of each sample are the same: augment the training set')
+    fitted(viewed(None, model=seeded(convnet, 4, .5)), KD(OtherView(), SoftTarget()))
+    fitted(viewed(None), KD(OtherView(), SoftTarget(), weight=0))
+    assert len(recwarn) == 1
 
 @pytest.mark.parametrize('mix', [MixUp, CutMix])
 def test_mixing_is_refused(mix):

@@ -313,6 +313,12 @@ def test_confident_by_hand():
         torch.testing.assert_close(Confident(loss, least=.8)(z, z_t, mask=mask, **more), of(sure & mask))
         torch.testing.assert_close(Confident(loss, least=0)(z, z_t, **more), of(slice(None)))
 
+def test_never_that_sure(recwarn):
+    "Is warned of, once, after the first epoch"
+    fitted(learner(seeded(mlp)), [KD(trained_teacher(), SoftTarget() + Confident(HardLabel(), 1 - 1e-9)), Unlabelled(rest())], n_epoch=2)
+    assert [str(o.message) for o in recwarn] == ['Confident(loss=HardLabel(), least=0.999999999) was 0 in every batch of an epoch, so it taught '
+        'nothing. The teacher was never sure enough: lower least=1']
+
 def test_confident_of_positions():
     z, z_t = torch.randn(2, 5, 4, 4), 3*torch.randn(2, 5, 4, 4)
     sure = z_t.softmax(1).amax(1) >= .8
