@@ -99,8 +99,8 @@ def _check_parts(self:KnowledgeDistillationCallback):
     "Every part has what it cannot do without"
     for part in self.loss.parts:
         if (part.wants.get('fm_s') or part.wants.get('fm_t')) and not part.students:
-            raise ValueError(f"{part} compares activations, and no layers are named: pass activations_student=['…'] and "
-                f"activations_teacher=['…']; `match_feature_layers(student, teacher, x)` suggests pairs")
+            raise ValueError(f"{part} looks at activations, and no layers are named: pass activations_student=['…']"
+                + (" and activations_teacher=['…']; `match_feature_layers(student, teacher, x)` suggests pairs" if 'fm_t' in part.wants else ''))
         if self.mask is not None and part.wants_layers and 'mask' not in part.wants:
             self._warn_once(f'mask {part.name}', f'{part} compares whole activations: mask= leaves nothing out of it')
         if part.wants.get('index') and not _numbered(self.learn.dls.train):
@@ -232,7 +232,9 @@ def _index(self:KnowledgeDistillationCallback):
     "Positions of the batch's samples in the dataset, in the order in which fastai's loader drew them; None with other loaders"
     dl, x = self.learn.dl, next(_tensors(self.learn.xb))
     if not _numbered(dl): return None
-    if self._n_unlabelled(): raise ValueError('samples without labels have no position in the training set, and one is asked for')
+    if self._n_unlabelled():
+        asking = next(o for o in (self._fit.teacher, *self.loss.parts) if 'index' in o.wants)
+        raise ValueError(f'samples without labels have no position in the training set, and {asking} asks for one')
     start = self.learn.iter*dl.bs
     index = torch.as_tensor(list(dl._DataLoader__idxs[start:start + dl.bs]))
     if len(index) == len(x): return index

@@ -77,7 +77,8 @@ def test_heads_need_one_class_per_sample():
 
 def test_heads_have_no_partners():
     with pytest.raises(ValueError, match="looks at the student's layers only"): KD(Itself(), DeepSupervision(), ['block1'], ['block2'])
-    assert 'no layers are named' in error_of(ValueError, learner(), KD(Itself(), DeepSupervision()))
+    said = error_of(ValueError, learner(), KD(Itself(), DeepSupervision()))
+    assert said.endswith("no layers are named: pass activations_student=['…']")
     assert "no layer 'block9'" in error_of(ValueError, learner(), KD(Itself(), FitNet(), 'block1', 'block9'))
 
 def test_a_beginner_is_no_mistake(recwarn):

@@ -6,7 +6,7 @@ from fastai.callback.schedule import SchedLin
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import Datasets
 from fastai.vision.augment import RandTransform
-from fastkd.all import Attention, DecoupledKD, Ensemble, HardLabel, KnowledgeDistillationCallback, Logits, SoftTarget, StoredTeacher
+from fastkd.all import Attention, DecoupledKD, Ensemble, HardLabel, KnowledgeDistillationCallback, Logits, OtherView, SoftTarget, StoredTeacher
 from fastkd.unlabelled import Confident, Stream, Unlabelled
 from helpers import (At, OnCPU, as_on_a_gpu, convnet, digits, fitted, learner, quiet, raising, same, seeded, trained_teacher, weights,
     without_waiting)
@@ -271,8 +271,9 @@ def test_errors():
     with pytest.raises(TypeError, match='drawn by their positions'): fit(Unlabelled(iter(rest())), kd())
     for ratio in (0, -1, 'all', float('inf')):
         with pytest.raises(ValueError, match='ratio is a number > 0'): Unlabelled(rest(), ratio=ratio)
-    with pytest.raises(ValueError, match='no position in the training set'):
-        fit(Unlabelled(rest()), KD(StoredTeacher(torch.randn(100, 10)), SoftTarget()))
+    for teacher, name in (StoredTeacher(torch.randn(100, 10)), 'StoredTeacher'), (OtherView(), 'OtherView'):
+        with pytest.raises(ValueError, match=f'no position in the training set, and {name}.* asks for one'):
+            fit(Unlabelled(rest()), KD(teacher, SoftTarget()))
     empty = learner(seeded(mlp))
     empty.dls = DataLoaders(empty.dls.train.new([]), empty.dls.valid)
     with pytest.raises(ValueError, match='no training set'): fit(Unlabelled(rest()), kd(), empty)
