@@ -50,6 +50,7 @@ class MeanTeacher(Frozen):
         inputs=None, # `inputs(*xb)` turns the student's batch into the mean's input, such as another augmentation
         dtype:torch.dtype=None, # Autocast for the mean alone
     ):
+        if isinstance(decay, nn.Module): raise TypeError('the mean is made of the student, when a fit begins: MeanTeacher() takes no model')
         if not isinstance(decay, (int, float)) or not 0 <= decay < 1: raise ValueError(f'decay is a number in [0, 1), not {decay!r}')
         self.decay, self.logits, self.inputs, self.dtype = decay, logits, inputs, dtype
         self.mean, self.student, self.captures = None, lambda: None, {}
@@ -138,6 +139,7 @@ def two_views(
     dls:DataLoaders, # fastai loaders with an even batch size
 ) -> DataLoaders: # Loaders of the same kind, with another one for training
     "Each training sample twice, side by side, drawn separately"
+    if not isinstance(dls, DataLoaders): raise TypeError(f'two views need the loaders of training and validation, not a {type(dls).__name__}')
     dl = dls.train
     if isinstance(dl, _Twice): return dls
     is_indexed = isinstance(dl, DataLoader) and dl.indexed and dl.n is not None and dl.n == len(dl.dataset)

@@ -9,13 +9,14 @@ __all__ = ['as_training_set', 'Stream', 'Unlabelled', 'Confident']
 import random, warnings
 
 import torch
-from fastai.basics import Callback, DataLoader, Datasets, TfmdLists
+from fastai.basics import Callback, DataLoader, DataLoaders, Datasets, TfmdLists
 from fastai.data.core import test_set
 from fastai.torch_core import apply, no_random
 from fastcore.basics import patch
 from torch import Tensor
 from .callback import KnowledgeDistillationCallback
 from .losses.core import ResponseLoss, fit_mask, row_shape, wanted_inputs
+from .mutual import MutualLearning
 
 # %% ../nbs/35_unlabelled.ipynb #9824088f
 def as_training_set(
@@ -25,7 +26,9 @@ def as_training_set(
     "Unlabelled samples with the transforms of the training set"
     dataset = unlabelled.dataset if isinstance(unlabelled, DataLoader) else unlabelled
     transformed = (Datasets, TfmdLists)
-    if not hasattr(dataset, '__len__') or not hasattr(dataset, '__getitem__'):
+    if hasattr(train_ds, 'iloc') and type(dataset) is not type(train_ds):
+        raise TypeError(f'rows of a table are prepared as those of the training set: give dls.test_dl(df), not a {type(dataset).__name__}')
+    if isinstance(dataset, DataLoaders) or not hasattr(dataset, '__len__') or not hasattr(dataset, '__getitem__'):
         raise TypeError(f'unlabelled samples are drawn by their positions: give a list of items, a dataset, or a loader such as '
             f'dls.test_dl(items), not {type(dataset).__name__}')
     if len(dataset) == 0: raise ValueError('there are no unlabelled samples')
@@ -74,6 +77,9 @@ def before_fit(self:Unlabelled):
     "Make the loader of unlabelled samples"
     if self.learn.lock.locked() or self.samples is None: return
     self.cleanup()
+    if self.learn.cbs.filter(lambda cb: isinstance(cb, MutualLearning)):
+        raise ValueError('MutualLearning asks each peer for a task loss, and samples without labels have none: leave out Unlabelled, or '
+            'teach a single student by the ensemble of the peers')
     if not any(isinstance(cb, KnowledgeDistillationCallback) for cb in self.learn.cbs):
         warnings.warn('unlabelled samples teach nothing by themselves: fit with a KnowledgeDistillationCallback, too', stacklevel=2)
     train = self.learn.dls.train if len(self.learn.dls.loaders) else None

@@ -243,6 +243,7 @@ def test_lr_find_leaves_it(n_before):
 @pytest.mark.parametrize('decay', [1, -1, '.9', None])
 def test_bad_decay(decay):
     with pytest.raises(ValueError, match='decay is a number in'): MeanTeacher(decay)
+    with pytest.raises(TypeError, match=r'MeanTeacher\(\) takes no model$'): MeanTeacher(convnet(4))
 
 def test_a_mean_is_not_cached():
     for teacher in MeanTeacher(), Itself(), Ensemble([MeanTeacher()]):
@@ -347,6 +348,7 @@ def test_no_pairs():
     others = torch.utils.data.DataLoader(digits()[:20], 10), DataLoader(iter(digits()[:20]), bs=10), plain_loader(20, 10, get_idxs=list)
     for train in others:
         with pytest.raises(TypeError, match='by its positions'): two_views(DataLoaders(train, train))
+    with pytest.raises(TypeError, match='the loaders of training and validation, not a DataLoader'): two_views(plain_loader(20, 10))
 
 def test_a_sample_that_is_skipped():
     "Where a view is missing, the views that follow would be strangers"

@@ -1,12 +1,15 @@
 "Samples without labels: what each loss sees, what others see, and what is said where that cannot be."
-import pickle, pytest, torch, torch.nn.functional as F
+import pandas as pd, pickle, pytest, torch, torch.nn.functional as F
 from fastai.basics import DataLoaders, MSELossFlat, Learner
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import SchedLin
 from fastai.callback.training import GradientAccumulation
+from fastai.data.block import CategoryBlock
 from fastai.data.core import Datasets
+from fastai.tabular.all import Normalize, TabularDataLoaders, tabular_learner
 from fastai.vision.augment import RandTransform
-from fastkd.all import Attention, DecoupledKD, Ensemble, HardLabel, KnowledgeDistillationCallback, Logits, OtherView, SoftTarget, StoredTeacher
+from fastkd.all import (Attention, Curriculum, DecoupledKD, Ensemble, HardLabel, KnowledgeDistillationCallback, Logits, MutualLearning,
+    OtherView, Peers, SoftTarget, StoredTeacher)
 from fastkd.unlabelled import Confident, Stream, Unlabelled
 from helpers import (At, OnCPU, as_on_a_gpu, convnet, digits, fitted, learner, quiet, raising, same, seeded, trained_teacher, weights,
     without_waiting)
@@ -269,6 +272,9 @@ def test_errors():
     kd = lambda loss=SoftTarget(), **kwargs: KD(trained_teacher(), loss, **kwargs)
     fit = lambda cb, kd, learn=None: (learn or learner(seeded(mlp))).fit(1, cbs=[kd, cb])
     with pytest.raises(TypeError, match='drawn by their positions'): fit(Unlabelled(iter(rest())), kd())
+    with pytest.raises(TypeError, match=r'dls.test_dl\(items\), not DataLoaders'): fit(Unlabelled(learner().dls), kd())
+    peers = learner(Peers([seeded(mlp, seed=i) for i in (0, 1)]))
+    with pytest.raises(ValueError, match='asks each peer for a task loss'): fit(Unlabelled(rest()), MutualLearning(SoftTarget()), peers)
     for ratio in (0, -1, 'all', float('inf')):
         with pytest.raises(ValueError, match='ratio is a number > 0'): Unlabelled(rest(), ratio=ratio)
     for teacher, name in (StoredTeacher(torch.randn(100, 10)), 'StoredTeacher'), (OtherView(), 'OtherView'):
@@ -278,6 +284,18 @@ def test_errors():
     empty.dls = DataLoaders(empty.dls.train.new([]), empty.dls.valid)
     with pytest.raises(ValueError, match='no training set'): fit(Unlabelled(rest()), kd(), empty)
     with pytest.warns(UserWarning, match='teach nothing by themselves'): learner(seeded(mlp)).fit(1, cbs=Unlabelled(rest()))
+
+def test_tables():
+    "Rows come from a test loader; as they are, they are not prepared"
+    df = pd.DataFrame(dict(a=[0., 1, 2, 3]*5, y=list('pq')*10))
+    dls = TabularDataLoaders.from_df(df, procs=[Normalize], cont_names=['a'], y_names='y', valid_idx=range(4), bs=4, y_block=CategoryBlock())
+    learn, teacher = (quiet(tabular_learner(dls, layers=[5])) for _ in range(2))
+    kd = KD(teacher, SoftTarget())
+    with pytest.raises(TypeError, match=r'give dls.test_dl\(df\), not a DataFrame'): learn.fit(1, cbs=[kd, Unlabelled(df[['a']])])
+    sizes = []
+    see = At('after_loss', lambda learn: sizes.append(len(learn.xb[0])), order=5, nth=1)
+    fitted(learn, [kd, Unlabelled(dls.test_dl(df[['a']])), Curriculum(teacher), see], n_epoch=1)
+    assert sizes == [8]
 
 def test_one_hot_labels_and_losses_with_labels():
     "Which samples have no label cannot be told there"
