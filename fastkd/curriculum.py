@@ -169,13 +169,13 @@ def _draw(self:Curriculum):
     self.cleanup()
     every = own()
     drawn = _easy(every, chosen)
-    while len(drawn) < len(every): drawn += _easy(own(), chosen)
+    while len(drawn) < len(every):
+        more = next(filter(None, (_easy(own(), chosen) for _ in range(100))), None)
+        if more is None: raise ValueError('the loader draws none of the easy samples: do its weights leave them out?')
+        drawn += more
     return drawn[:len(every)]
 
-def _easy(positions, chosen):
-    drawn = [i for i in positions if i in chosen]
-    if drawn: return drawn
-    raise ValueError('the loader draws none of the easy samples: do its weights leave them out?')
+def _easy(positions, chosen): return [i for i in positions if i in chosen]
 
 # %% ../nbs/34_curriculum.ipynb #8e2b7a64
 @patch

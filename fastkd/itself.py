@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from .losses.core import _tensors
 from .modules import logits, unwrap_model
 from .teachers import Frozen, Teacher
 
@@ -81,7 +82,7 @@ def begin(self:MeanTeacher,
 ):
     "Forget all steps"
     self.student, self.captures = weakref.ref(model), {}
-    self.mean = AveragedModel(model, multi_avg_fn=self._average)
+    self.mean = AveragedModel(_copied(model), multi_avg_fn=self._average)
     self.mean.update_parameters(model)
 
 @patch
@@ -89,6 +90,12 @@ def to(self:MeanTeacher, device):
     "Go where the student is; before the first step it is taken as it is by now, such as the first process's of several"
     if not self.n_steps and self.student() is not None: self.begin(self.student())
     return Frozen.to(self, device)
+
+# %% ../nbs/26_itself.ipynb #26c0002c
+def _copied(model):
+    "A copy, also of a model that keeps what it computed, as an AWD-LSTM keeps its dropped weights"
+    kept = [o for module in model.modules() for o in _tensors(vars(module)) if o.grad_fn is not None]
+    return copy.deepcopy(model, {id(o): o.detach().clone() for o in kept})
 
 # %% ../nbs/26_itself.ipynb #26c00010
 @patch(as_prop=True)

@@ -6,17 +6,17 @@
 __all__ = ['as_training_set', 'Stream', 'Unlabelled', 'Confident']
 
 # %% ../nbs/35_unlabelled.ipynb #6bb1a39d
-import random, warnings
+import copy, random, warnings
+from collections.abc import MutableMapping
 
 import torch
 from fastai.basics import Callback, DataLoader, DataLoaders, Datasets, TfmdLists
 from fastai.data.core import test_set
-from fastai.torch_core import apply, no_random
+from fastai.torch_core import no_random
 from fastcore.basics import patch
 from torch import Tensor
 from .callback import KnowledgeDistillationCallback
 from .losses.core import ResponseLoss, fit_mask, row_shape, wanted_inputs
-from .mutual import MutualLearning
 
 # %% ../nbs/35_unlabelled.ipynb #9824088f
 def as_training_set(
@@ -77,9 +77,6 @@ def before_fit(self:Unlabelled):
     "Make the loader of unlabelled samples"
     if self.learn.lock.locked() or self.samples is None: return
     self.cleanup()
-    if self.learn.cbs.filter(lambda cb: isinstance(cb, MutualLearning)):
-        raise ValueError('MutualLearning asks each peer for a task loss, and samples without labels have none: leave out Unlabelled, or '
-            'teach a single student by the ensemble of the peers')
     if not any(isinstance(cb, KnowledgeDistillationCallback) for cb in self.learn.cbs):
         warnings.warn('unlabelled samples teach nothing by themselves: fit with a KnowledgeDistillationCallback, too', stacklevel=2)
     train = self.learn.dls.train if len(self.learn.dls.loaders) else None
@@ -116,6 +113,7 @@ def before_batch(self:Unlabelled):
             'the form of those of the training set')
     n = max(1, round(self.ratio*len(labelled[0]))) # the last batch of an epoch may be smaller
     more = self.learn._set_device(tuple(x[:n] for x in more))
+    self.all_rows, self.labelled_rows = None, None # as long as no model has seen them
     self.labelled, self.n_unlabelled, self.learn.xb = labelled, len(more[0]), tuple(map(_joined, labelled, more))
 
 def _said(shapes): return ' and '.join(map(str, shapes))
@@ -127,7 +125,7 @@ def after_pred(self:Unlabelled):
     "Show the labelled rows to the task loss"
     n, n_all = len(self.labelled[0]), len(self.learn.xb[0])
     self.all_rows = self.learn.pred
-    self.learn.pred = apply(lambda o: o[:n] if isinstance(o, Tensor) and o.shape[:1] == (n_all,) else o, self.all_rows)
+    self.learn.pred = _cut(self.all_rows, n, n_all)
     self.labelled_rows = self.learn.pred
 
 @patch
@@ -138,8 +136,21 @@ def after_loss(self:Unlabelled):
 @patch
 def after_batch(self:Unlabelled):
     "Only labelled samples are left"
-    if self.n_unlabelled: self.learn.xb, self.learn.pred = self.labelled, self.labelled_rows
+    if self.n_unlabelled: self.learn.xb = self.labelled
+    if self.labelled_rows is not None: self.learn.pred = self.labelled_rows
     self.n_unlabelled, self.labelled, self.all_rows, self.labelled_rows = 0, None, None, None
+
+# %% ../nbs/35_unlabelled.ipynb #9a53f2c8
+def _cut(output, n, n_all):
+    "The first `n` rows of each tensor that has `n_all`"
+    if isinstance(output, Tensor): return output[:n] if output.shape[:1] == (n_all,) else output
+    if isinstance(output, MutableMapping):
+        cut = copy.copy(output)
+        cut.update({key: _cut(value, n, n_all) for key, value in output.items()})
+        return cut
+    if not isinstance(output, (tuple, list)): return output
+    items = [_cut(o, n, n_all) for o in output]
+    return type(output)(*items) if hasattr(output, '_fields') else type(output)(items)
 
 # %% ../nbs/35_unlabelled.ipynb #aec2c8d2
 @patch

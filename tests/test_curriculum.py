@@ -1,6 +1,7 @@
 "A curriculum: who is ranked how, which samples an epoch draws, and that nothing of it stays."
 import pickle, pytest, torch, torch.nn.functional as F
-from fastai.basics import DataLoader, DataLoaders, set_seed
+from fastai.basics import Categorize, DataLoader, DataLoaders, set_seed
+from fastai.callback.data import PartialDL
 from fastai.callback.schedule import SchedLin, sched_cos
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import Datasets
@@ -49,6 +50,15 @@ def test_pairs_stay_pairs():
     learn.fit(2, cbs=[Curriculum(teacher, start=.5), kd, *drawn.cbs, At('after_fit', lambda learn: drawn.n_batches.append(learn.pct_train))])
     assert drawn.n_batches == [10, 10, pytest.approx(1)] and [len(o) for o in drawn.positions] == [200]*2
     assert all(o[::2] == o[1::2] for o in drawn.positions) and {*drawn.positions[0]} == {*easiest(teacher)[:50]}
+
+def test_partial_epochs():
+    "Of loaders that draw a part of the samples, as many batches as ever"
+    learn, drawn = named_learner(seeded(convnet, 4)), Drawn()
+    items = list(range(100))
+    dsets = Datasets(items, [[image], [name, Categorize(list('abcdefghij'), sort=False)]], splits=[items, items[:25]])
+    learn.dls = dsets.dataloaders(dl_type=PartialDL, dl_kwargs=[dict(partial_n=16), {}], bs=8, num_workers=0, device='cpu')
+    learn.fit(3, cbs=[Curriculum(trained_teacher(), start=.1), *drawn.cbs])
+    assert drawn.n_batches == [2]*3 and {*drawn.positions[0]} <= {*easiest(trained_teacher())[:10]}
 
 def test_the_whole_set_is_plain_training():
     "With `start=1` not a bit is different, though the teacher ranked"

@@ -4,6 +4,7 @@ from fastai.basics import CancelStepException, DataLoader, DataLoaders, ItemTran
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.training import GradientAccumulation
 from fastai.data.load import SkipItemException
+from fastai.text.models.awdlstm import AWD_LSTM
 from fastkd.all import *
 from fastkd.demo import TensorLoader
 from fastkd.itself import _twice
@@ -263,6 +264,13 @@ def test_other_buffers_are_copied():
     model.count += 3
     for _ in range(2): teacher.stepped(model)
     assert torch.equal(teacher.model.mask, model.mask) and teacher.model.count == 3
+
+def test_mean_of_a_model_that_keeps_what_it_computed():
+    "AWD-LSTM: its dropped weights have a graph"
+    model, teacher = AWD_LSTM(10, 8, 6, 1), MeanTeacher()
+    model(torch.randint(10, (2, 5)))
+    teacher.begin(model)
+    assert same(weights(teacher.model), weights(model)) and teacher.model(torch.randint(10, (2, 5))).shape == (2, 5, 8)
 
 # ---- Two views
 

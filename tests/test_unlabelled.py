@@ -1,6 +1,6 @@
 "Samples without labels: what each loss sees, what others see, and what is said where that cannot be."
 import pandas as pd, pickle, pytest, torch, torch.nn.functional as F
-from fastai.basics import DataLoaders, MSELossFlat, Learner
+from fastai.basics import CancelBatchException, DataLoaders, MSELossFlat, Learner
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import SchedLin
 from fastai.callback.training import GradientAccumulation
@@ -8,12 +8,13 @@ from fastai.data.block import CategoryBlock
 from fastai.data.core import Datasets
 from fastai.tabular.all import Normalize, TabularDataLoaders, tabular_learner
 from fastai.vision.augment import RandTransform
-from fastkd.all import (Attention, Curriculum, DecoupledKD, Ensemble, HardLabel, KnowledgeDistillationCallback, Logits, MutualLearning,
-    OtherView, Peers, SoftTarget, StoredTeacher)
+from fastkd.all import (Attention, Curriculum, DecoupledKD, Ensemble, HardLabel, KnowledgeDistillationCallback, Logits,
+    OtherView, SoftTarget, StoredTeacher)
 from fastkd.unlabelled import Confident, Stream, Unlabelled
 from helpers import (At, OnCPU, as_on_a_gpu, convnet, digits, fitted, learner, quiet, raising, same, seeded, trained_teacher, weights,
     without_waiting)
 from torch import nn
+from typing import NamedTuple
 
 KD = KnowledgeDistillationCallback
 
@@ -174,6 +175,35 @@ def test_tuples_of_inputs_and_outputs():
     fitted(learn, [KD(seeded(Two, seed=4), SoftTarget()), Unlabelled([(x, x/2) for x in rest()], ratio=1)], n_epoch=1)
     assert {*map(tuple, sizes)} == {(25, 25)}
 
+class Answer(NamedTuple):
+    logits: torch.Tensor
+    number: int
+
+class Fields(dict): "A dictionary of a kind of its own"
+
+@pytest.mark.parametrize('make', [lambda o: Answer(o, 3), lambda o: Fields(logits=o, number=3), lambda o: [o, 3]])
+def test_the_form_of_outputs(make):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = mlp()
+        def forward(self, x): return make(self.body(x))
+    seen, first = [], lambda o: o['logits'] if isinstance(o, dict) else o[0]
+    def loss(pred, y): return seen.append((type(pred), len(first(pred)))) or F.cross_entropy(first(pred), y)
+    learn = learner(Wrapped(), n=50, loss_func=loss, metrics=[])
+    fitted(learn, [KD(trained_teacher(), SoftTarget(), logits=lambda o: o if isinstance(o, torch.Tensor) else first(o)),
+        Unlabelled(rest())], n_epoch=1)
+    assert {*seen} == {(type(make(0)), 25)}
+
+def test_a_batch_that_is_cancelled():
+    "Before the student has seen it: the next one is as ever, and so are inputs and predictions"
+    sizes = []
+    see = At('after_batch', lambda learn: sizes.append((len(learn.xb[0]), len(learn.pred))), order=50, nth=0)
+    for nth in 1, 2:
+        cancel = At('before_batch', raising(CancelBatchException), order=10, nth=nth)
+        run(cancel, At('after_cancel_batch', lambda learn: setattr(learn, 'pred', torch.zeros(1))), see)
+    assert {o[0] for o in sizes} == {25} and {o[1] for o in sizes} == {1, 25}
+
 # ---- Which samples come
 
 def test_every_sample_once_before_any_again():
@@ -273,8 +303,6 @@ def test_errors():
     fit = lambda cb, kd, learn=None: (learn or learner(seeded(mlp))).fit(1, cbs=[kd, cb])
     with pytest.raises(TypeError, match='drawn by their positions'): fit(Unlabelled(iter(rest())), kd())
     with pytest.raises(TypeError, match=r'dls.test_dl\(items\), not DataLoaders'): fit(Unlabelled(learner().dls), kd())
-    peers = learner(Peers([seeded(mlp, seed=i) for i in (0, 1)]))
-    with pytest.raises(ValueError, match='asks each peer for a task loss'): fit(Unlabelled(rest()), MutualLearning(SoftTarget()), peers)
     for ratio in (0, -1, 'all', float('inf')):
         with pytest.raises(ValueError, match='ratio is a number > 0'): Unlabelled(rest(), ratio=ratio)
     for teacher, name in (StoredTeacher(torch.randn(100, 10)), 'StoredTeacher'), (OtherView(), 'OtherView'):
