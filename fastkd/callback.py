@@ -99,8 +99,9 @@ def _check_parts(self:KnowledgeDistillationCallback):
     "Every part has what it cannot do without"
     for part in self.loss.parts:
         if (part.wants.get('fm_s') or part.wants.get('fm_t')) and not part.students:
+            partners = " and activations_teacher=['…']; `match_feature_layers(student, teacher, x)` suggests pairs"
             raise ValueError(f"{part} looks at activations, and no layers are named: pass activations_student=['…']"
-                + (" and activations_teacher=['…']; `match_feature_layers(student, teacher, x)` suggests pairs" if 'fm_t' in part.wants else ''))
+                + (partners if 'fm_t' in part.wants else ''))
         if self.mask is not None and part.wants_layers and 'mask' not in part.wants:
             self._warn_once(f'mask {part.name}', f'{part} compares whole activations: mask= leaves nothing out of it')
         if part.wants.get('index') and not _numbered(self.learn.dls.train):

@@ -146,7 +146,8 @@ def two_views(
     dls:DataLoaders, # fastai loaders with an even batch size
 ) -> DataLoaders: # Loaders of the same kind, with another one for training
     "Each training sample twice, side by side, drawn separately"
-    if not isinstance(dls, DataLoaders): raise TypeError(f'two views need the loaders of training and validation, not a {type(dls).__name__}')
+    if not isinstance(dls, DataLoaders):
+        raise TypeError(f'two views need the loaders of training and validation, not a {type(dls).__name__}')
     dl = dls.train
     if isinstance(dl, _Twice): return dls
     is_indexed = isinstance(dl, DataLoader) and dl.indexed and dl.n is not None and dl.n == len(dl.dataset)

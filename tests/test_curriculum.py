@@ -47,7 +47,8 @@ def test_pairs_stay_pairs():
     teacher, drawn, learn = trained_teacher(), Drawn(), learner(bs=20)
     learn.dls = two_views(learn.dls)
     kd = KnowledgeDistillationCallback(OtherView(), SoftTarget())
-    learn.fit(2, cbs=[Curriculum(teacher, start=.5), kd, *drawn.cbs, At('after_fit', lambda learn: drawn.n_batches.append(learn.pct_train))])
+    see = At('after_fit', lambda learn: drawn.n_batches.append(learn.pct_train))
+    learn.fit(2, cbs=[Curriculum(teacher, start=.5), kd, *drawn.cbs, see])
     assert drawn.n_batches == [10, 10, pytest.approx(1)] and [len(o) for o in drawn.positions] == [200]*2
     assert all(o[::2] == o[1::2] for o in drawn.positions) and {*drawn.positions[0]} == {*easiest(teacher)[:50]}
 

@@ -316,7 +316,8 @@ def test_errors():
 def test_tables():
     "Rows come from a test loader; as they are, they are not prepared"
     df = pd.DataFrame(dict(a=[0., 1, 2, 3]*5, y=list('pq')*10))
-    dls = TabularDataLoaders.from_df(df, procs=[Normalize], cont_names=['a'], y_names='y', valid_idx=range(4), bs=4, y_block=CategoryBlock())
+    dls = TabularDataLoaders.from_df(df, procs=[Normalize], cont_names=['a'], y_names='y', valid_idx=range(4), bs=4,
+        y_block=CategoryBlock())
     learn, teacher = (quiet(tabular_learner(dls, layers=[5])) for _ in range(2))
     kd = KD(teacher, SoftTarget())
     with pytest.raises(TypeError, match=r'give dls.test_dl\(df\), not a DataFrame'): learn.fit(1, cbs=[kd, Unlabelled(df[['a']])])
@@ -363,8 +364,8 @@ def test_confident_by_hand():
 def test_never_that_sure(recwarn):
     "Is warned of, once, after the first epoch"
     fitted(learner(seeded(mlp)), [KD(trained_teacher(), SoftTarget() + Confident(HardLabel(), 1 - 1e-9)), Unlabelled(rest())], n_epoch=2)
-    assert [str(o.message) for o in recwarn] == ['Confident(loss=HardLabel(), least=0.999999999) was 0 in every batch of an epoch, so it taught '
-        'nothing. The teacher was never sure enough: lower least=1']
+    assert [str(o.message) for o in recwarn] == ['Confident(loss=HardLabel(), least=0.999999999) was 0 in every batch of an epoch, '
+        'so it taught nothing. The teacher was never sure enough: lower least=1']
 
 def test_confident_of_positions():
     z, z_t = torch.randn(2, 5, 4, 4), 3*torch.randn(2, 5, 4, 4)
