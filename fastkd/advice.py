@@ -29,7 +29,7 @@ def teacher_at_chance(
     accuracy, n, chance = right.float().mean().item(), right.numel(), 1/teacher_pred.shape[axis]
     if accuracy > chance + min(2*(chance*(1 - chance)/n)**.5, (1 - chance)/4): return None
     return (f'the teacher is right on {accuracy:.0%} of the first batch, and guessing would give {chance:.0%}: is it trained, and on these '
-        'classes in this order? Pass the trained learner, whose classes are compared: KnowledgeDistillationCallback(teacher_learner, …)')
+        'classes in this order? Pass the trained learner, whose classes are compared')
 
 def larger_share(mixed):
     "Of the two labels of mixed samples, the one with the larger share"
@@ -67,6 +67,7 @@ def unbalanced_parts(
     task_weight:float, # Weight of the task loss
     params:list, # The student's trainable parameters
     scale:float=1., # Loss scale under mixed precision
+    reasons=None, # What it may mean that a part says nothing at all, by the name of the part
     quiet:float=.01, # How large a part's gradient must be, relative to the task's
     loud:float=30., # How large it may be, without the two weights
 ) -> dict: # Messages by the name of the part
@@ -75,17 +76,19 @@ def unbalanced_parts(
     for part in loss.parts:
         if part.factor == 0 or getattr(part.loss, 'starts_silent', False): continue
         size = part.factor*_gradient_size(values[part.name], params, scale)
-        if weight*size < quiet*task_weight*of_task: said[part.name] = _too_quiet(loss, part, weight*size/(task_weight*of_task))
+        share, reason = weight*size/(task_weight*of_task or 1), (reasons or {}).get(part.name)
+        if weight*size < quiet*task_weight*of_task: said[part.name] = _too_quiet(loss, part, share, reason)
         elif of_task > 0 and size > loud*of_task: said[part.name] = _too_loud(loss, part, size/of_task)
     return said
 
 # %% ../nbs/28_advice.ipynb #4a68bfe2
 def _with_factor(loss, part, factor): return Sum([replace(o, factor=factor) if o is part else o for o in loss.parts])
 
-def _too_quiet(loss, part, share):
+def _too_quiet(loss, part, share, reason):
     "The message for a part, with the corrected line"
     usual = getattr(part.loss, 'usual_weight', None) or 0
     said = f"{part}: its gradient on the student is {share:.2g} of the task loss's, so it does nothing. "
+    if reason and share < 1e-5: return said + reason # what is left is rounding
     if share == 0: return said + 'No parameter that is trained has a gradient from it on this batch'
     for_a_tenth = float(f'{part.factor*.1/share:.0e}')
     factor, why = (usual, 'Its usual factor is') if usual > part.factor else (for_a_tenth, 'For a tenth of it, the factor is')

@@ -99,8 +99,9 @@ def _check_parts(self:KnowledgeDistillationCallback):
     "Every part has what it cannot do without"
     for part in self.loss.parts:
         if (part.wants.get('fm_s') or part.wants.get('fm_t')) and not part.students:
-            raise ValueError(f"{part} compares activations, and no layers are named: pass activations_student=['…'] and "
-                f"activations_teacher=['…']; `match_feature_layers(student, teacher, x)` suggests pairs")
+            partners = " and activations_teacher=['…']; `match_feature_layers(student, teacher, x)` suggests pairs"
+            raise ValueError(f"{part} looks at activations, and no layers are named: pass activations_student=['…']"
+                + (partners if 'fm_t' in part.wants else ''))
         if self.mask is not None and part.wants_layers and 'mask' not in part.wants:
             self._warn_once(f'mask {part.name}', f'{part} compares whole activations: mask= leaves nothing out of it')
         if part.wants.get('index') and not _numbered(self.learn.dls.train):
@@ -241,7 +242,9 @@ def _index(self:KnowledgeDistillationCallback):
     "Positions of the batch's samples in the dataset, in the order in which fastai's loader drew them; None with other loaders"
     dl, x = self.learn.dl, next(_tensors(self.learn.xb))
     if not _numbered(dl): return None
-    if self._n_unlabelled(): raise ValueError('samples without labels have no position in the training set, and one is asked for')
+    if self._n_unlabelled():
+        asking = next(o for o in (self._fit.teacher, *self.loss.parts) if 'index' in o.wants)
+        raise ValueError(f'samples without labels have no position in the training set, and {asking} asks for one')
     start = self.learn.iter*dl.bs
     index = torch.as_tensor(list(dl._DataLoader__idxs[start:start + dl.bs]))
     if len(index) == len(x): return index
@@ -622,6 +625,7 @@ def after_train(self:KnowledgeDistillationCallback):
         if fit.blamed is not None and fit.blamed:
             raise RuntimeError(f"the distillation loss was not finite in this epoch though the student's predictions were: {fit.teacher}, "
                 f"{self.loss}")
+    if fit.n_batches > 1 and fit.peaks['weight'] > 0: self._tell_silent() # one batch may well be silent, such as the first
 
 @patch
 def before_backward(self:KnowledgeDistillationCallback):
@@ -649,12 +653,27 @@ def _advise(self:KnowledgeDistillationCallback, task, parts, given):
         scale = scaler.get_scale() if scaler is not None else 1.
         try:
             with self.loss.setting(factors): 
-                said |= unbalanced_parts(task, parts, self.loss, weight, self._left_for_task(weight), params, scale)
+                said |= unbalanced_parts(task, parts, self.loss, weight, self._left_for_task(weight), params, scale, self._reasons())
         except RuntimeError: pass # some graphs can be walked only by `backward`, such as reentrant checkpoints
     for key, message in said.items():
         if message: self._warn_once(key, message)
 
 _SIDES = dict(student='pred', teacher='teacher_pred')
+
+# %% ../nbs/30_callback.ipynb #b8d05f16
+@patch
+def _reasons(self:KnowledgeDistillationCallback):
+    "What it may mean that a part says nothing, by the name of the part"
+    return {part.name: self._fit.teacher.why_silent(part) or getattr(part.loss, 'why_silent', None) for part in self.loss.parts}
+
+@patch
+def _tell_silent(self:KnowledgeDistillationCallback):
+    "Warn once of parts that were 0 in a whole epoch"
+    reasons, sums = self._reasons(), self._fit.sums
+    for part in self.loss.parts:
+        if part.factor == 0 or sums[_column(part) if len(self.loss.parts) > 1 else 'distillation_loss'] != 0: continue
+        reason = reasons[part.name] or 'Student and teacher say the same'
+        self._warn_once(part.name, f'{part} was 0 in every batch of an epoch, so it taught nothing. {reason}')
 
 # %% ../nbs/30_callback.ipynb #777edfcd
 @patch

@@ -6,6 +6,7 @@
 __all__ = ['sure_of_label', 'sure_of_any', 'rank', 'Curriculum']
 
 # %% ../nbs/34_curriculum.ipynb #f8da7097
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -16,22 +17,25 @@ from fastai.callback.schedule import sched_lin
 from fastai.torch_core import no_random
 from fastcore.basics import detuplify, patch
 from torch import Tensor
-from .callback import KnowledgeDistillationCallback, _numbered, as_teacher
-from .schedules import Schedule, as_schedules, check_curve, multiplies
+from .advice import teacher_at_chance
+from .callback import KnowledgeDistillationCallback, _check_kind, _numbered, as_teacher
+from .losses.core import _full_precision
+from .schedules import Schedule, _check_annealer, _said, check_curve, multiplies
 
 # %% ../nbs/34_curriculum.ipynb #3f7fb337
 def sure_of_label(
     teacher_pred:Tensor, # Teacher's logits `(bs, n_classes, ...)`
-    target:Tensor, # Classes `(bs, ...)`; positions whose label is no class do not count
+    target:Tensor, # Classes `(bs, ...)`, or `(bs, 1)`, as tables have them; positions whose label is no class do not count
     axis:int=1, # Dimension that holds the classes
 ) -> Tensor: # `(bs,)`, the larger the easier
     "Logarithm of the probability that the teacher gives the label, the mean over positions where there are several"
     log_probs = teacher_pred.movedim(axis, 1).float().log_softmax(1)
+    if isinstance(target, Tensor) and log_probs.ndim == 2 and target.shape[1:] == (1,): target = target[:, 0]
     if not isinstance(target, Tensor) or target.is_floating_point() or target.shape != log_probs[:, 0].shape:
         raise ValueError('sure_of_label compares with labels that are classes, as integers: Curriculum(teacher, by=sure_of_any) '
             'does without')
     known = (0 <= target) & (target < log_probs.shape[1])
-    of_label = log_probs.gather(1, target.where(known, 0)[:, None])[:, 0]
+    of_label = log_probs.gather(1, target.where(known, 0).long()[:, None])[:, 0]
     of_known, known = (o.reshape(len(o), -1) for o in (torch.where(known, of_label, 0.), known))
     return of_known.sum(1)/known.sum(1).clamp(min=1)
 
@@ -57,6 +61,8 @@ def rank(
     axis:int=1, # Dimension that holds the classes
 ) -> Tensor: # Positions in the training set, the easiest sample first
     "Training samples by how easy the teacher finds them"
+    if teacher.learns or {*teacher.wants} - {'index', 'target'}:
+        raise ValueError(f'{teacher} knows nothing before training: rank the samples by another teacher')
     values = []
     with no_random(reproducible=False):
         still, dl = _in_order(_loader(learn))
@@ -75,10 +81,9 @@ def _easiness(teacher, learn, by, axis, batch, n_before):
     n_inp = getattr(learn.dls, 'n_inp', max(1, len(batch) - 1))
     xb, target = tuple(batch[:n_inp]), detuplify(tuple(batch[n_inp:]))
     known = dict(index=lambda: torch.arange(n_before, n_before + len(xb[0])), target=lambda: target)
-    if unknown := [name for name in teacher.wants if name not in known]:
-        raise ValueError(f'{teacher} answers by what the student says ({unknown[0]}), which says nothing before training: rank '
-            'the samples by another teacher')
     pred, _ = teacher.outputs(xb, **{name: known[name]() for name in teacher.wants})
+    pred, target = _full_precision((pred, target))
+    if n_before == 0 and (message := teacher_at_chance(pred, target, axis=axis)): warnings.warn(message, stacklevel=2)
     values = by(pred, target, axis)
     if values.shape == (len(xb[0]),): return values.cpu()
     raise ValueError(f'by(teacher_pred, target, axis) returns a number for each sample, not shape {tuple(values.shape)} for '
@@ -91,17 +96,25 @@ class Curriculum(Callback):
     learn = KnowledgeDistillationCallback.learn # which cleans up when the fit is over, whatever ended it
     def __init__(self,
         teacher, # Module, `Learner`, `Teacher`, or a list of them: most often the one that is distilled from
-        start:float=.3, # Share of the training samples in the first epoch, in (0, 1]
+        start:float=None, # Share of the training samples in the first epoch, in (0, 1]; .3, unless `schedule` is an annealer
         schedule=Schedule(sched_lin, end_pct=.5), # A `Schedule` from `start` to 1, or an annealer that is the share
         by:Callable=sure_of_label, # `by(teacher_pred, target, axis)` is `(bs,)`, the larger the easier; or `sure_of_any`
     ):
-        self.teacher, self.start, self.curve, self.by = teacher, start, as_schedules(schedule).get('weight'), by
-        if self.curve is None: raise TypeError('schedule is a `Schedule`, such as `lin`, or an annealer, such as `SchedLin(.3, 1)`')
+        _check_settings(teacher, start, schedule)
+        self.teacher, self.start, self.curve, self.by = teacher, .3 if start is None else start, schedule, by
         self.ranking, self.easy, self.drawing = None, None, None
         check_curve('share', self.share, None, _check_share)
 
-    def __repr__(self): return f'Curriculum(start={self.start:g}, {self.curve})'
+    def __repr__(self): return f"Curriculum({f'start={self.start:g}, ' if multiplies(self.curve) else ''}{_said(self.curve)})"
     def __getstate__(self): return {**self.__dict__, **dict(teacher=None, ranking=None, easy=None, drawing=None)}
+
+def _check_settings(teacher, start, schedule):
+    "Raise an error unless they can be what they are to be"
+    try: teacher is None or _check_kind(teacher)
+    except TypeError as e: raise TypeError(str(e).replace('KnowledgeDistillationCallback(teacher, loss)', 'Curriculum(teacher)')) from None
+    if multiplies(schedule): return
+    _check_annealer(schedule, 'schedule')
+    if start is not None: raise ValueError(f'{_said(schedule)} is the share itself and begins where it does: leave out start={start!r}')
 
 def _check_share(value):
     if not 0 < value <= 1: raise ValueError(f'a share of the training samples is above 0 and at most 1, not {value:g}')
@@ -121,6 +134,8 @@ def before_fit(self:Curriculum):
     if self.learn.lock.locked(): return
     self.cleanup()
     self.ranking = None
+    if len(self.learn.cbs.filter(lambda cb: isinstance(cb, Curriculum))) > 1:
+        raise ValueError('two curricula in one fit: take one, learn.remove_cb(Curriculum)')
     if _numbered(self.learn.dls.train) or self.teacher is None: return
     raise ValueError('a curriculum ranks samples by their positions in the dataset, which these loaders do not supply')
 
@@ -150,14 +165,19 @@ def _rank(self:Curriculum):
 @patch
 def _draw(self:Curriculum):
     "An epoch's number of positions, of easy samples only"
-    (dl, own, _, chosen), drawn = self.drawing, []
+    dl, own, _, chosen = self.drawing
     self.cleanup()
-    while len(drawn) < dl.n:
-        more = [i for i in own() if i in chosen]
-        if not more: raise ValueError('the loader draws none of the easy samples: do its weights leave them out?')
+    every = own()
+    drawn = _easy(every, chosen)
+    while len(drawn) < len(every):
+        more = next(filter(None, (_easy(own(), chosen) for _ in range(100))), None)
+        if more is None: raise ValueError('the loader draws none of the easy samples: do its weights leave them out?')
         drawn += more
-    return drawn[:dl.n]
+    return drawn[:len(every)]
 
+def _easy(positions, chosen): return [i for i in positions if i in chosen]
+
+# %% ../nbs/34_curriculum.ipynb #8e2b7a64
 @patch
 def cleanup(self:Curriculum):
     "The loader draws by itself again"

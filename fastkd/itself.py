@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from .losses.core import _tensors
 from .modules import logits, unwrap_model
 from .teachers import Frozen, Teacher
 
@@ -25,6 +26,9 @@ class Itself(Teacher):
     learns, wants = True, ('student_pred', 'fm_s')
     def student_layers(self, layers): return layers
     def __repr__(self): return f'{type(self).__name__}()'
+    def why_silent(self, part):
+        if part.students != part.teachers or part.pred != part.teacher_pred: return None
+        return 'The student says it itself, and is compared with that: take DeepSupervision(), or pairs of layers that differ'
 
     def outputs(self,
         xb:tuple, # The batch as the student sees it, not used
@@ -47,6 +51,7 @@ class MeanTeacher(Frozen):
         inputs=None, # `inputs(*xb)` turns the student's batch into the mean's input, such as another augmentation
         dtype:torch.dtype=None, # Autocast for the mean alone
     ):
+        if isinstance(decay, nn.Module): raise TypeError('the mean is made of the student, when a fit begins: MeanTeacher() takes no model')
         if not isinstance(decay, (int, float)) or not 0 <= decay < 1: raise ValueError(f'decay is a number in [0, 1), not {decay!r}')
         self.decay, self.logits, self.inputs, self.dtype = decay, logits, inputs, dtype
         self.mean, self.student, self.captures = None, lambda: None, {}
@@ -77,7 +82,7 @@ def begin(self:MeanTeacher,
 ):
     "Forget all steps"
     self.student, self.captures = weakref.ref(model), {}
-    self.mean = AveragedModel(model, multi_avg_fn=self._average)
+    self.mean = AveragedModel(_copied(model), multi_avg_fn=self._average)
     self.mean.update_parameters(model)
 
 @patch
@@ -85,6 +90,12 @@ def to(self:MeanTeacher, device):
     "Go where the student is; before the first step it is taken as it is by now, such as the first process's of several"
     if not self.n_steps and self.student() is not None: self.begin(self.student())
     return Frozen.to(self, device)
+
+# %% ../nbs/26_itself.ipynb #26c0002c
+def _copied(model):
+    "A copy, also of a model that keeps what it computed, as an AWD-LSTM keeps its dropped weights"
+    kept = [o for module in model.modules() for o in _tensors(vars(module)) if o.grad_fn is not None]
+    return copy.deepcopy(model, {id(o): o.detach().clone() for o in kept})
 
 # %% ../nbs/26_itself.ipynb #26c00010
 @patch(as_prop=True)
@@ -135,6 +146,8 @@ def two_views(
     dls:DataLoaders, # fastai loaders with an even batch size
 ) -> DataLoaders: # Loaders of the same kind, with another one for training
     "Each training sample twice, side by side, drawn separately"
+    if not isinstance(dls, DataLoaders):
+        raise TypeError(f'two views need the loaders of training and validation, not a {type(dls).__name__}')
     dl = dls.train
     if isinstance(dl, _Twice): return dls
     is_indexed = isinstance(dl, DataLoader) and dl.indexed and dl.n is not None and dl.n == len(dl.dataset)
@@ -151,6 +164,7 @@ def two_views(
 class OtherView(Itself):
     "What the student says of the other view of each sample, for loaders made by `two_views`"
     starts_silent, wants = True, ('index', 'student_pred', 'fm_s')
+    def why_silent(self, part): return 'Both views of each sample are the same: augment the training set'
     live = property(lambda self: Itself(), doc='Of one sample there is no other view: the shapes are its own')
 
     def for_student(self, learn, axis=1):

@@ -68,7 +68,7 @@ def _check_annealer(curve, place):
     "Raise a TypeError unless `curve` gives a number for a fraction of training"
     try: curve(.5) + 0.
     except Exception as e:
-        raise TypeError(f'{place} is a `Schedule` or a fastai annealer such as `SchedLin(8, 1)`, not {curve!r}: '
+        raise TypeError(f'{place} is a `Schedule` or a fastai annealer such as `SchedLin(start, end)`, not {curve!r}: '
             f'{_instead(curve) or e}') from e
 
 def _instead(curve):
@@ -77,7 +77,7 @@ def _instead(curve):
     except Exception: return None
     func = getattr(curve, '__name__', 'func')
     annealer = f"`{func.title().replace('_', '')}(start, end)`, for the values themselves, or " if func.startswith('sched_') else ''
-    return f'it is a function of start, end and position. Write {annealer}`Schedule({func})`, to multiply the weight'
+    return f'it is a function of start, end and position. Write {annealer}`Schedule({func})`, for progress from 0 to 1'
 
 # %% ../nbs/01_schedules.ipynb #26f8bbc0
 @dataclass(frozen=True)

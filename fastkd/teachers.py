@@ -39,6 +39,7 @@ class Teacher:
     def state_dict(self): return {} # What a resumed run needs of a teacher that learns
     def load_state_dict(self, state): "Go on from what `state_dict` returned"
     def for_student(self, learn, axis=1): return self
+    def why_silent(self, part): "What it may mean that a part of the loss says nothing; None where nobody knows"
     def settings(self): return ()
     def reorders(self, layer): return False # Whether the output of `layer` has its classes in another order than the student
     live = property(lambda self: self, doc='The teacher without a memory')

@@ -6,12 +6,13 @@
 __all__ = ['as_training_set', 'Stream', 'Unlabelled', 'Confident']
 
 # %% ../nbs/35_unlabelled.ipynb #6bb1a39d
-import random, warnings
+import copy, random, warnings
+from collections.abc import MutableMapping
 
 import torch
-from fastai.basics import Callback, DataLoader, Datasets, TfmdLists
+from fastai.basics import Callback, DataLoader, DataLoaders, Datasets, TfmdLists
 from fastai.data.core import test_set
-from fastai.torch_core import apply, no_random
+from fastai.torch_core import no_random
 from fastcore.basics import patch
 from torch import Tensor
 from .callback import KnowledgeDistillationCallback
@@ -25,7 +26,9 @@ def as_training_set(
     "Unlabelled samples with the transforms of the training set"
     dataset = unlabelled.dataset if isinstance(unlabelled, DataLoader) else unlabelled
     transformed = (Datasets, TfmdLists)
-    if not hasattr(dataset, '__len__') or not hasattr(dataset, '__getitem__'):
+    if hasattr(train_ds, 'iloc') and type(dataset) is not type(train_ds):
+        raise TypeError(f'rows of a table are prepared as those of the training set: give dls.test_dl(df), not a {type(dataset).__name__}')
+    if isinstance(dataset, DataLoaders) or not hasattr(dataset, '__len__') or not hasattr(dataset, '__getitem__'):
         raise TypeError(f'unlabelled samples are drawn by their positions: give a list of items, a dataset, or a loader such as '
             f'dls.test_dl(items), not {type(dataset).__name__}')
     if len(dataset) == 0: raise ValueError('there are no unlabelled samples')
@@ -110,6 +113,7 @@ def before_batch(self:Unlabelled):
             'the form of those of the training set')
     n = max(1, round(self.ratio*len(labelled[0]))) # the last batch of an epoch may be smaller
     more = self.learn._set_device(tuple(x[:n] for x in more))
+    self.all_rows, self.labelled_rows = None, None # as long as no model has seen them
     self.labelled, self.n_unlabelled, self.learn.xb = labelled, len(more[0]), tuple(map(_joined, labelled, more))
 
 def _said(shapes): return ' and '.join(map(str, shapes))
@@ -121,7 +125,7 @@ def after_pred(self:Unlabelled):
     "Show the labelled rows to the task loss"
     n, n_all = len(self.labelled[0]), len(self.learn.xb[0])
     self.all_rows = self.learn.pred
-    self.learn.pred = apply(lambda o: o[:n] if isinstance(o, Tensor) and o.shape[:1] == (n_all,) else o, self.all_rows)
+    self.learn.pred = _cut(self.all_rows, n, n_all)
     self.labelled_rows = self.learn.pred
 
 @patch
@@ -132,8 +136,21 @@ def after_loss(self:Unlabelled):
 @patch
 def after_batch(self:Unlabelled):
     "Only labelled samples are left"
-    if self.n_unlabelled: self.learn.xb, self.learn.pred = self.labelled, self.labelled_rows
+    if self.n_unlabelled: self.learn.xb = self.labelled
+    if self.labelled_rows is not None: self.learn.pred = self.labelled_rows
     self.n_unlabelled, self.labelled, self.all_rows, self.labelled_rows = 0, None, None, None
+
+# %% ../nbs/35_unlabelled.ipynb #9a53f2c8
+def _cut(output, n, n_all):
+    "The first `n` rows of each tensor that has `n_all`"
+    if isinstance(output, Tensor): return output[:n] if output.shape[:1] == (n_all,) else output
+    if isinstance(output, MutableMapping):
+        cut = copy.copy(output)
+        cut.update({key: _cut(value, n, n_all) for key, value in output.items()})
+        return cut
+    if not isinstance(output, (tuple, list)): return output
+    items = [_cut(o, n, n_all) for o in output]
+    return type(output)(*items) if hasattr(output, '_fields') else type(output)(items)
 
 # %% ../nbs/35_unlabelled.ipynb #aec2c8d2
 @patch
@@ -152,6 +169,9 @@ class Confident(ResponseLoss):
         loss = loss() if isinstance(loss, type) else loss
         if not isinstance(loss, ResponseLoss): raise TypeError(f'Confident wraps a loss on predictions, such as HardLabel(), not {loss!r}')
         self.loss, self.least, self.usual_weight = loss, least, loss.usual_weight
+
+    @property
+    def why_silent(self): return f'The teacher was never sure enough: lower least={self.least:g}'
 
     def forward(self,
         pred:Tensor, # Student's logits `(bs, n_classes, ...)`

@@ -1,13 +1,18 @@
 "A curriculum: who is ranked how, which samples an epoch draws, and that nothing of it stays."
-import pickle, pytest, torch
-from fastai.basics import DataLoader, DataLoaders, set_seed
-from fastai.callback.schedule import SchedLin
+import pickle, pytest, torch, torch.nn.functional as F
+from fastai.basics import Categorize, DataLoader, DataLoaders, set_seed
+from fastai.callback.data import PartialDL
+from fastai.callback.schedule import SchedLin, sched_cos
+from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import Datasets
+from fastai.data.transforms import IndexSplitter
 from fastai.vision.augment import RandTransform
-from fastkd.all import CachedTeacher, Ensemble, KnowledgeDistillationCallback, SoftTarget, StoredTeacher, cos, lin
+from fastkd.all import (CachedTeacher, Ensemble, Itself, KnowledgeDistillationCallback, MeanTeacher, OtherView, SoftTarget, StoredTeacher,
+    cos, lin, two_views)
 from fastkd.curriculum import Curriculum, sure_of_any, sure_of_label
-from fastkd.schedules import Stages
-from helpers import At, digits, fitted, learner, raising, same, started, trained_teacher, weights
+from fastkd.schedules import Stages, multiplies
+from helpers import (At, convnet, digits, fitted, image, learner, name, named_learner, raising, same, seeded, started, trained_teacher,
+    weights)
 
 def easiest(teacher, n=100):
     "By hand: positions by the probability of the label"
@@ -37,6 +42,25 @@ def test_epochs_draw_the_easiest():
     assert max(map(drawn.positions[0].count, range(100))) == 2 and [drawn.positions[1].count(i) for i in range(100)].count(2) <= 25
     assert torch.equal(drawn.images[0], torch.stack([digits()[i][0] for i in drawn.positions[0][:25]]))
 
+def test_pairs_stay_pairs():
+    "Two views: as many batches as ever, of easy samples twice in a row"
+    teacher, drawn, learn = trained_teacher(), Drawn(), learner(bs=20)
+    learn.dls = two_views(learn.dls)
+    kd = KnowledgeDistillationCallback(OtherView(), SoftTarget())
+    see = At('after_fit', lambda learn: drawn.n_batches.append(learn.pct_train))
+    learn.fit(2, cbs=[Curriculum(teacher, start=.5), kd, *drawn.cbs, see])
+    assert drawn.n_batches == [10, 10, pytest.approx(1)] and [len(o) for o in drawn.positions] == [200]*2
+    assert all(o[::2] == o[1::2] for o in drawn.positions) and {*drawn.positions[0]} == {*easiest(teacher)[:50]}
+
+def test_partial_epochs():
+    "Of loaders that draw a part of the samples, as many batches as ever"
+    learn, drawn = named_learner(seeded(convnet, 4)), Drawn()
+    items = list(range(100))
+    dsets = Datasets(items, [[image], [name, Categorize(list('abcdefghij'), sort=False)]], splits=[items, items[:25]])
+    learn.dls = dsets.dataloaders(dl_type=PartialDL, dl_kwargs=[dict(partial_n=16), {}], bs=8, num_workers=0, device='cpu')
+    learn.fit(3, cbs=[Curriculum(trained_teacher(), start=.1), *drawn.cbs])
+    assert drawn.n_batches == [2]*3 and {*drawn.positions[0]} <= {*easiest(trained_teacher())[:10]}
+
 def test_the_whole_set_is_plain_training():
     "With `start=1` not a bit is different, though the teacher ranked"
     plain, with_one = (fitted(learner(), cbs) for cbs in ([], [Curriculum(trained_teacher(), start=1.)]))
@@ -53,7 +77,7 @@ def test_steps_and_schedules_are_those_of_a_fit_without():
 @pytest.mark.parametrize('schedule,expected', [(lin, [.2, .4, .6, .8]), (SchedLin(.1, .9), [.1, .3, .5, .7]),
     (Stages(SchedLin(.2, 1), 2), [.2, .2, 1, 1]), (Stages(lin, 2), [.2, .2, 1, 1])])
 def test_shares(schedule, expected):
-    curriculum = Curriculum(None, start=.2, schedule=schedule)
+    curriculum = Curriculum(None, start=.2 if multiplies(schedule) else None, schedule=schedule)
     assert [curriculum.share(epoch/4) for epoch in range(4)] == pytest.approx(expected)
 
 def test_at_least_a_batch():
@@ -82,6 +106,21 @@ def test_easiness_of_positions():
     torch.testing.assert_close(sure_of_label(z.movedim(1, -1), y, axis=-1), torch.stack(by_hand))
     torch.testing.assert_close(sure_of_any(z), (log_probs.exp()*log_probs).sum(1).mean((1, 2)))
     with pytest.raises(ValueError, match='by=sure_of_any'): sure_of_label(z, torch.randn(2, 3))
+
+@pytest.mark.parametrize('by', [sure_of_label, lambda pred, target, axis: -F.cross_entropy(pred, target, reduction='none')])
+def test_fastais_own_loaders(by):
+    "Images and categories that are subclasses of tensors, as a DataBlock makes them"
+    block = DataBlock((TransformBlock, CategoryBlock(vocab=list('abcdefghij'), sort=False)), get_x=image, get_y=name,
+        splitter=IndexSplitter(range(25)))
+    learn, curriculum = named_learner(seeded(convnet, 4)), Curriculum(trained_teacher(), by=by)
+    learn.dls = block.dataloaders(range(100), bs=25, num_workers=0, device='cpu')
+    learn.fit(1, cbs=[curriculum, KnowledgeDistillationCallback(trained_teacher(), SoftTarget())])
+    assert [25 + i for i in curriculum.ranking.tolist()] == [i for i in easiest(trained_teacher()) if i >= 25]
+
+def test_labels_of_tables():
+    "A column of classes"
+    z, y = torch.randn(5, 3), torch.randint(3, (5, 1))
+    torch.testing.assert_close(sure_of_label(z, y.char()), z.log_softmax(1).gather(1, y)[:, 0])
 
 @pytest.mark.parametrize('make', [lambda o: o, CachedTeacher, lambda o: [o, o], lambda o: Ensemble([o], weights='confidence'),
     lambda o: learner(o), lambda o: StoredTeacher(o.eval()(torch.stack([x for x, y in digits()[:100]])).detach())])
@@ -174,7 +213,7 @@ def test_random_numbers_are_the_students():
 
 # ---- Errors before training
 
-@pytest.mark.parametrize('kwargs', [dict(start=0), dict(start=1.5), dict(schedule=SchedLin(.3, 1.2)), dict(schedule=SchedLin(0, 1))])
+@pytest.mark.parametrize('kwargs', [dict(start=0.), dict(start=1.5), dict(schedule=SchedLin(.3, 1.2)), dict(schedule=SchedLin(0, 1))])
 def test_shares_out_of_range(kwargs):
     with pytest.raises(ValueError, match='above 0 and at most 1'): Curriculum(None, **kwargs)
 
@@ -186,6 +225,27 @@ def test_errors():
     broken = trained_teacher()
     broken.head[-1].bias.data[0] = float('nan')
     with pytest.raises(ValueError, match='gives no number to sample 0'): learner().fit(1, cbs=Curriculum(broken))
+
+def test_errors_of_its_own():
+    "In its own words, where it is written down"
+    with pytest.raises(TypeError, match='schedule is a `Schedule` or .* Write `SchedCos.* for progress from 0 to 1'):
+        Curriculum(None, schedule=sched_cos)
+    with pytest.raises(TypeError, match=r'not SoftTarget: Curriculum\(teacher\)'): Curriculum(SoftTarget)
+    with pytest.raises(ValueError, match=r'SchedLin\(0.2, 1\) is the share itself .* leave out start=0.9'):
+        Curriculum(None, start=.9, schedule=SchedLin(.2, 1))
+    assert [str(o) for o in (Curriculum(None), Curriculum(None, schedule=SchedLin(.2, 1)))] == [
+        'Curriculum(start=0.3, Schedule(sched_lin, 0→0.5 of training, 0→1))', 'Curriculum(SchedLin(0.2, 1))']
+    learn = learner(cbs=Curriculum(trained_teacher()))
+    with pytest.raises(ValueError, match='two curricula in one fit'): learn.fit(1, cbs=Curriculum(trained_teacher()))
+
+@pytest.mark.parametrize('teacher', [MeanTeacher(), Itself(), OtherView(), [MeanTeacher(), Itself()]])
+def test_who_knows_nothing_ranks_nothing(teacher):
+    with pytest.raises(ValueError, match='knows nothing before training'): learner().fit(1, cbs=Curriculum(teacher))
+
+def test_an_untrained_teacher(recwarn):
+    learner().fit(1, cbs=Curriculum(trained_teacher()))
+    assert not [o for o in recwarn if 'the teacher is right' in str(o.message)]
+    with pytest.warns(UserWarning, match='guessing would give 10%'): learner().fit(1, cbs=Curriculum(seeded(convnet, 4, seed=2)))
 
 def test_loaders_without_positions():
     batches = DataLoader(iter(digits()[:50]), bs=25, n=50)

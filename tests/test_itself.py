@@ -4,6 +4,7 @@ from fastai.basics import CancelStepException, DataLoader, DataLoaders, ItemTran
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.training import GradientAccumulation
 from fastai.data.load import SkipItemException
+from fastai.text.models.awdlstm import AWD_LSTM
 from fastkd.all import *
 from fastkd.demo import TensorLoader
 from fastkd.itself import _twice
@@ -77,7 +78,8 @@ def test_heads_need_one_class_per_sample():
 
 def test_heads_have_no_partners():
     with pytest.raises(ValueError, match="looks at the student's layers only"): KD(Itself(), DeepSupervision(), ['block1'], ['block2'])
-    assert 'no layers are named' in error_of(ValueError, learner(), KD(Itself(), DeepSupervision()))
+    said = error_of(ValueError, learner(), KD(Itself(), DeepSupervision()))
+    assert said.endswith("no layers are named: pass activations_student=['…']")
     assert "no layer 'block9'" in error_of(ValueError, learner(), KD(Itself(), FitNet(), 'block1', 'block9'))
 
 def test_a_beginner_is_no_mistake(recwarn):
@@ -85,6 +87,11 @@ def test_a_beginner_is_no_mistake(recwarn):
     for teacher, loss in (Itself(), DeepSupervision().on('block2')), (MeanTeacher(), SoftTarget()), ([MeanTeacher()], SoftTarget()):
         fitted(learner(), KD(teacher, loss, weight=.5), n_epoch=1)
     assert [str(o.message) for o in recwarn if 'teacher' in str(o.message) or 'gradient' in str(o.message)] == []
+
+@pytest.mark.parametrize('loss,layers', [(SoftTarget(), ()), (Logits(), ()), (100*FitNet(), ('block1', 'block1'))])
+def test_what_it_says_itself_teaches_it_nothing(loss, layers):
+    with pytest.warns(UserWarning) as said: fitted(learner(), KD(Itself(), loss, *layers))
+    assert len(said) == 1 and 'take DeepSupervision(), or pairs of layers that differ' in str(said[0].message)
 
 # ---- The mean
 
@@ -237,6 +244,7 @@ def test_lr_find_leaves_it(n_before):
 @pytest.mark.parametrize('decay', [1, -1, '.9', None])
 def test_bad_decay(decay):
     with pytest.raises(ValueError, match='decay is a number in'): MeanTeacher(decay)
+    with pytest.raises(TypeError, match=r'MeanTeacher\(\) takes no model$'): MeanTeacher(convnet(4))
 
 def test_a_mean_is_not_cached():
     for teacher in MeanTeacher(), Itself(), Ensemble([MeanTeacher()]):
@@ -256,6 +264,13 @@ def test_other_buffers_are_copied():
     model.count += 3
     for _ in range(2): teacher.stepped(model)
     assert torch.equal(teacher.model.mask, model.mask) and teacher.model.count == 3
+
+def test_mean_of_a_model_that_keeps_what_it_computed():
+    "AWD-LSTM: its dropped weights have a graph"
+    model, teacher = AWD_LSTM(10, 8, 6, 1), MeanTeacher()
+    model(torch.randint(10, (2, 5)))
+    teacher.begin(model)
+    assert same(weights(teacher.model), weights(model)) and teacher.model(torch.randint(10, (2, 5))).shape == (2, 5, 8)
 
 # ---- Two views
 
@@ -314,6 +329,16 @@ def test_other_view_by_hand():
     fitted(expected, Swapped(nn.Identity(), None, .5, ['block2']), n_epoch=2)
     assert furthest(weights(found.model), weights(expected.model)) < 1e-5
 
+def test_views_that_are_the_same(recwarn):
+    "Are warned of, once, after an epoch, and those that differ are not"
+    learn, n = viewed(None), []
+    fitted(learn, [KD(OtherView(), SoftTarget() + 0*Logits()), At('before_validate', lambda learn: n.append(len(recwarn)), nth=0)])
+    assert n == [1, 1] and str(recwarn[0].message) == ('SoftTarget(T=5) was 0 in every batch of an epoch, so it taught nothing. '
+        'Both views of each sample are the same: augment the training set')
+    fitted(viewed(None, model=seeded(convnet, 4, .5)), KD(OtherView(), SoftTarget()))
+    fitted(viewed(None), KD(OtherView(), SoftTarget(), weight=0))
+    assert len(recwarn) == 1
+
 @pytest.mark.parametrize('mix', [MixUp, CutMix])
 def test_mixing_is_refused(mix):
     for teacher in OtherView(), [trained_teacher(), OtherView()]:
@@ -331,6 +356,7 @@ def test_no_pairs():
     others = torch.utils.data.DataLoader(digits()[:20], 10), DataLoader(iter(digits()[:20]), bs=10), plain_loader(20, 10, get_idxs=list)
     for train in others:
         with pytest.raises(TypeError, match='by its positions'): two_views(DataLoaders(train, train))
+    with pytest.raises(TypeError, match='the loaders of training and validation, not a DataLoader'): two_views(plain_loader(20, 10))
 
 def test_a_sample_that_is_skipped():
     "Where a view is missing, the views that follow would be strangers"

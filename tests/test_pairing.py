@@ -71,7 +71,7 @@ def test_wrong_name(layers, said): assert said in error_of(ValueError, learner()
 
 def test_no_layers():
     said = error_of(ValueError, learner(), KD(trained_teacher(), SoftTarget() + FitNet()))
-    assert 'FitNet() compares activations, and no layers are named: pass activations_student=' in said
+    assert 'FitNet() looks at activations, and no layers are named: pass activations_student=' in said
     assert 'match_feature_layers' in said
 
 def test_shapes_that_cannot_be_compared():

@@ -116,7 +116,7 @@ def test_as_schedules():
 def test_as_schedules_refuses(wrong):
     "What cannot be asked for its value at one half of training"
     for schedule in (wrong, {'T': wrong}):
-        message = r"schedule\['(weight|T)'\] is a `Schedule` or a fastai annealer such as `SchedLin\(8, 1\)`, not "
+        message = r"schedule\['(weight|T)'\] is a `Schedule` or a fastai annealer such as `SchedLin\(start, end\)`, not "
         with pytest.raises(TypeError, match=message): as_schedules(schedule)
 
 @pytest.mark.parametrize('name', ['T', 'attention.p', 'attention.factor'])

@@ -1,16 +1,20 @@
 "Samples without labels: what each loss sees, what others see, and what is said where that cannot be."
-import pickle, pytest, torch, torch.nn.functional as F
-from fastai.basics import DataLoaders, MSELossFlat, Learner
+import pandas as pd, pickle, pytest, torch, torch.nn.functional as F
+from fastai.basics import CancelBatchException, DataLoaders, MSELossFlat, Learner
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import SchedLin
 from fastai.callback.training import GradientAccumulation
+from fastai.data.block import CategoryBlock
 from fastai.data.core import Datasets
+from fastai.tabular.all import Normalize, TabularDataLoaders, tabular_learner
 from fastai.vision.augment import RandTransform
-from fastkd.all import Attention, DecoupledKD, Ensemble, HardLabel, KnowledgeDistillationCallback, Logits, SoftTarget, StoredTeacher
+from fastkd.all import (Attention, Curriculum, DecoupledKD, Ensemble, HardLabel, KnowledgeDistillationCallback, Logits,
+    OtherView, SoftTarget, StoredTeacher)
 from fastkd.unlabelled import Confident, Stream, Unlabelled
 from helpers import (At, OnCPU, as_on_a_gpu, convnet, digits, fitted, learner, quiet, raising, same, seeded, trained_teacher, weights,
     without_waiting)
 from torch import nn
+from typing import NamedTuple
 
 KD = KnowledgeDistillationCallback
 
@@ -171,6 +175,35 @@ def test_tuples_of_inputs_and_outputs():
     fitted(learn, [KD(seeded(Two, seed=4), SoftTarget()), Unlabelled([(x, x/2) for x in rest()], ratio=1)], n_epoch=1)
     assert {*map(tuple, sizes)} == {(25, 25)}
 
+class Answer(NamedTuple):
+    logits: torch.Tensor
+    number: int
+
+class Fields(dict): "A dictionary of a kind of its own"
+
+@pytest.mark.parametrize('make', [lambda o: Answer(o, 3), lambda o: Fields(logits=o, number=3), lambda o: [o, 3]])
+def test_the_form_of_outputs(make):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = mlp()
+        def forward(self, x): return make(self.body(x))
+    seen, first = [], lambda o: o['logits'] if isinstance(o, dict) else o[0]
+    def loss(pred, y): return seen.append((type(pred), len(first(pred)))) or F.cross_entropy(first(pred), y)
+    learn = learner(Wrapped(), n=50, loss_func=loss, metrics=[])
+    fitted(learn, [KD(trained_teacher(), SoftTarget(), logits=lambda o: o if isinstance(o, torch.Tensor) else first(o)),
+        Unlabelled(rest())], n_epoch=1)
+    assert {*seen} == {(type(make(0)), 25)}
+
+def test_a_batch_that_is_cancelled():
+    "Before the student has seen it: the next one is as ever, and so are inputs and predictions"
+    sizes = []
+    see = At('after_batch', lambda learn: sizes.append((len(learn.xb[0]), len(learn.pred))), order=50, nth=0)
+    for nth in 1, 2:
+        cancel = At('before_batch', raising(CancelBatchException), order=10, nth=nth)
+        run(cancel, At('after_cancel_batch', lambda learn: setattr(learn, 'pred', torch.zeros(1))), see)
+    assert {o[0] for o in sizes} == {25} and {o[1] for o in sizes} == {1, 25}
+
 # ---- Which samples come
 
 def test_every_sample_once_before_any_again():
@@ -269,14 +302,29 @@ def test_errors():
     kd = lambda loss=SoftTarget(), **kwargs: KD(trained_teacher(), loss, **kwargs)
     fit = lambda cb, kd, learn=None: (learn or learner(seeded(mlp))).fit(1, cbs=[kd, cb])
     with pytest.raises(TypeError, match='drawn by their positions'): fit(Unlabelled(iter(rest())), kd())
+    with pytest.raises(TypeError, match=r'dls.test_dl\(items\), not DataLoaders'): fit(Unlabelled(learner().dls), kd())
     for ratio in (0, -1, 'all', float('inf')):
         with pytest.raises(ValueError, match='ratio is a number > 0'): Unlabelled(rest(), ratio=ratio)
-    with pytest.raises(ValueError, match='no position in the training set'):
-        fit(Unlabelled(rest()), KD(StoredTeacher(torch.randn(100, 10)), SoftTarget()))
+    for teacher, name in (StoredTeacher(torch.randn(100, 10)), 'StoredTeacher'), (OtherView(), 'OtherView'):
+        with pytest.raises(ValueError, match=f'no position in the training set, and {name}.* asks for one'):
+            fit(Unlabelled(rest()), KD(teacher, SoftTarget()))
     empty = learner(seeded(mlp))
     empty.dls = DataLoaders(empty.dls.train.new([]), empty.dls.valid)
     with pytest.raises(ValueError, match='no training set'): fit(Unlabelled(rest()), kd(), empty)
     with pytest.warns(UserWarning, match='teach nothing by themselves'): learner(seeded(mlp)).fit(1, cbs=Unlabelled(rest()))
+
+def test_tables():
+    "Rows come from a test loader; as they are, they are not prepared"
+    df = pd.DataFrame(dict(a=[0., 1, 2, 3]*5, y=list('pq')*10))
+    dls = TabularDataLoaders.from_df(df, procs=[Normalize], cont_names=['a'], y_names='y', valid_idx=range(4), bs=4,
+        y_block=CategoryBlock())
+    learn, teacher = (quiet(tabular_learner(dls, layers=[5])) for _ in range(2))
+    kd = KD(teacher, SoftTarget())
+    with pytest.raises(TypeError, match=r'give dls.test_dl\(df\), not a DataFrame'): learn.fit(1, cbs=[kd, Unlabelled(df[['a']])])
+    sizes = []
+    see = At('after_loss', lambda learn: sizes.append(len(learn.xb[0])), order=5, nth=1)
+    fitted(learn, [kd, Unlabelled(dls.test_dl(df[['a']])), Curriculum(teacher), see], n_epoch=1)
+    assert sizes == [8]
 
 def test_one_hot_labels_and_losses_with_labels():
     "Which samples have no label cannot be told there"
@@ -312,6 +360,12 @@ def test_confident_by_hand():
         torch.testing.assert_close(Confident(loss, least=.8)(z, z_t, **more), of(sure))
         torch.testing.assert_close(Confident(loss, least=.8)(z, z_t, mask=mask, **more), of(sure & mask))
         torch.testing.assert_close(Confident(loss, least=0)(z, z_t, **more), of(slice(None)))
+
+def test_never_that_sure(recwarn):
+    "Is warned of, once, after the first epoch"
+    fitted(learner(seeded(mlp)), [KD(trained_teacher(), SoftTarget() + Confident(HardLabel(), 1 - 1e-9)), Unlabelled(rest())], n_epoch=2)
+    assert [str(o.message) for o in recwarn] == ['Confident(loss=HardLabel(), least=0.999999999) was 0 in every batch of an epoch, '
+        'so it taught nothing. The teacher was never sure enough: lower least=1']
 
 def test_confident_of_positions():
     z, z_t = torch.randn(2, 5, 4, 4), 3*torch.randn(2, 5, 4, 4)

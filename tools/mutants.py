@@ -342,7 +342,7 @@ SCHEMES = [ # who teaches whom
     Mutant('the mean teacher has no statistics', ITSELF, 'now.lerp_(mean, decay)', 'pass', 'test_itself.py::test_mean_of_states'),
     Mutant('each view hears itself', ITSELF, 'rows.unflatten(0, (-1, 2)).flip(1)', 'rows.unflatten(0, (-1, 2))',
         'test_itself.py::test_other_view_by_hand'),
-    Mutant('unlabelled samples in the task loss', UNLABELLED, 'lambda o: o[:n] if', 'lambda o: o if',
+    Mutant('unlabelled samples in the task loss', UNLABELLED, 'return output[:n] if', 'return output if',
         'test_unlabelled.py::test_each_loss_by_hand'),
     Mutant('unsure pseudo labels count', UNLABELLED, '.amax(axis) >= self.least', '.amax(axis) >= 0.',
         'test_unlabelled.py::test_confident_by_hand'),

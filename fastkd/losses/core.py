@@ -54,6 +54,7 @@ class Loss(nn.Module):
     "Base of all losses: checked settings, full precision, learned parts"
     usual_weight = None # Factor in front of this loss in its paper
     starts_silent = False # Whether the first batch has nothing to be compared with, so that a silent start is no mistake
+    why_silent = None # What it may mean that it is 0 for long
     positive, at_least, below, whole = (), {}, {}, () # Settings > 0; with a least value; with a bound; whole numbers
     fixed = () # Settings that are read once, by `build`: no schedule moves them
 
