@@ -26,7 +26,7 @@ from .learned import LearnedParts, average, broadcast, broadcast_statistics, sca
 from .learners import from_learner
 from .losses.core import Loss, Mixed, Probe, Sum, _tensors, as_sum, first_samples, loss_name
 from .modules import Captures, evaluating, logits, missing_layer, on_host, reset_state, unwrap_model
-from .schedules import as_schedules, check_curve, multiplies, scheduled_value
+from .schedules import _said, as_schedules, check_curve, multiplies, scheduled_value
 from .teachers import Frozen, Teacher
 
 # %% ../nbs/30_callback.ipynb #07ea4187
@@ -82,7 +82,7 @@ def _check_settings(self:KnowledgeDistillationCallback):
         raise TypeError(f'teacher_metrics is True, or a list of metric functions, not {self.teacher_metrics!r}')
     curve = self.schedules.get('weight')
     of_values = curve is not None and not multiplies(curve)
-    hint = f". If that is a temperature: schedule={{'T': SchedLin({curve(0.):g}, {curve(1.):g})}}" if of_values else ''
+    hint = f". If that is a temperature: schedule={{'T': {_said(curve)}}}" if of_values else ''
     def check_weight(value):
         _check_number('weight', value)
         if self.task_weight is None and value > 1:
