@@ -290,6 +290,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fastkd.ensemble.Ensemble.to': ('ensemble.html#ensemble.to', 'fastkd/ensemble.py'),
                                  'fastkd.ensemble.Ensemble.wants': ('ensemble.html#ensemble.wants', 'fastkd/ensemble.py'),
                                  'fastkd.ensemble._cross_entropy': ('ensemble.html#_cross_entropy', 'fastkd/ensemble.py'),
+                                 'fastkd.ensemble._kind': ('ensemble.html#_kind', 'fastkd/ensemble.py'),
                                  'fastkd.ensemble._own': ('ensemble.html#_own', 'fastkd/ensemble.py'),
                                  'fastkd.ensemble._shares': ('ensemble.html#_shares', 'fastkd/ensemble.py'),
                                  'fastkd.ensemble.by_confidence': ('ensemble.html#by_confidence', 'fastkd/ensemble.py')},

@@ -21,7 +21,7 @@ from fastai.torch_core import no_random
 from fastcore.basics import detuplify, listify, patch
 from torch import Tensor, nn
 from .advice import classes_that_coexist, predicts_probabilities, teacher_at_chance, unbalanced_parts
-from .ensemble import Ensemble
+from .ensemble import Ensemble, _kind
 from .learned import LearnedParts, average, broadcast, broadcast_statistics, scaler_of, together
 from .learners import from_learner
 from .losses.core import Loss, Mixed, Probe, Sum, _tensors, as_sum, first_samples, loss_name
@@ -34,8 +34,7 @@ def _check_kind(teacher):
     "Raise a TypeError unless `teacher` can teach"
     if isinstance(teacher, (list, tuple)): return [_check_kind(o) for o in teacher]
     if isinstance(teacher, (nn.Module, Learner, Teacher)) and not isinstance(teacher, (Loss, Sum)): return
-    said = getattr(teacher, '__name__', type(teacher).__name__)
-    raise TypeError(f'the teacher comes first, a module, a Learner or a Teacher, and not {said}: '
+    raise TypeError(f'the teacher comes first, a module, a Learner or a Teacher, and not {_kind(teacher)}: '
         'KnowledgeDistillationCallback(teacher, loss)')
 
 class KnowledgeDistillationCallback(Callback):
