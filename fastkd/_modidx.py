@@ -996,6 +996,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fastkd.mutual._best': ('mutual.html#_best', 'fastkd/mutual.py'),
                                'fastkd.mutual._between': ('mutual.html#_between', 'fastkd/mutual.py'),
                                'fastkd.mutual._check_apart': ('mutual.html#_check_apart', 'fastkd/mutual.py'),
+                               'fastkd.mutual._check_layers': ('mutual.html#_check_layers', 'fastkd/mutual.py'),
                                'fastkd.mutual._equal': ('mutual.html#_equal', 'fastkd/mutual.py'),
                                'fastkd.mutual._full': ('mutual.html#_full', 'fastkd/mutual.py'),
                                'fastkd.mutual._inside': ('mutual.html#_inside', 'fastkd/mutual.py'),
