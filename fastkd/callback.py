@@ -21,12 +21,12 @@ from fastai.torch_core import no_random
 from fastcore.basics import detuplify, listify, patch
 from torch import Tensor, nn
 from .advice import classes_that_coexist, predicts_probabilities, teacher_at_chance, unbalanced_parts
-from .ensemble import Ensemble
+from .ensemble import Ensemble, _kind
 from .learned import LearnedParts, average, broadcast, broadcast_statistics, scaler_of, together
 from .learners import from_learner
 from .losses.core import Loss, Mixed, Probe, Sum, _tensors, as_sum, first_samples, loss_name
 from .modules import Captures, evaluating, logits, missing_layer, on_host, reset_state, unwrap_model
-from .schedules import as_schedules, check_curve, multiplies, scheduled_value
+from .schedules import _said, as_schedules, check_curve, multiplies, scheduled_value
 from .teachers import Frozen, Teacher
 
 # %% ../nbs/30_callback.ipynb #07ea4187
@@ -34,8 +34,7 @@ def _check_kind(teacher):
     "Raise a TypeError unless `teacher` can teach"
     if isinstance(teacher, (list, tuple)): return [_check_kind(o) for o in teacher]
     if isinstance(teacher, (nn.Module, Learner, Teacher)) and not isinstance(teacher, (Loss, Sum)): return
-    said = getattr(teacher, '__name__', type(teacher).__name__)
-    raise TypeError(f'the teacher comes first, a module, a Learner or a Teacher, and not {said}: '
+    raise TypeError(f'the teacher comes first, a module, a Learner or a Teacher, and not {_kind(teacher)}: '
         'KnowledgeDistillationCallback(teacher, loss)')
 
 class KnowledgeDistillationCallback(Callback):
@@ -82,7 +81,7 @@ def _check_settings(self:KnowledgeDistillationCallback):
         raise TypeError(f'teacher_metrics is True, or a list of metric functions, not {self.teacher_metrics!r}')
     curve = self.schedules.get('weight')
     of_values = curve is not None and not multiplies(curve)
-    hint = f". If that is a temperature: schedule={{'T': SchedLin({curve(0.):g}, {curve(1.):g})}}" if of_values else ''
+    hint = f". If that is a temperature: schedule={{'T': {_said(curve)}}}" if of_values else ''
     def check_weight(value):
         _check_number('weight', value)
         if self.task_weight is None and value > 1:

@@ -6,6 +6,7 @@
 __all__ = ['by_confidence', 'Ensemble']
 
 # %% ../nbs/25_ensemble.ipynb #25e00001
+from collections.abc import Iterable
 from numbers import Number
 
 import torch, torch.nn.functional as F
@@ -48,11 +49,13 @@ class Ensemble(Teacher):
         weights=None, # A number >= 0 for each teacher, or 'confidence': by what it says of the label; None counts all alike
         T:float=1., # Temperature at which probabilities are averaged, that of the loss
     ):
+        if not isinstance(teachers, Iterable) or isinstance(teachers, nn.Sequential):
+            raise TypeError('the teachers of an ensemble come in a list: Ensemble([first, second])')
         self.source, self.mean, self.weights, self.T, self.axis = list(teachers), mean, weights, T, 1
         if not self.source: raise ValueError('an ensemble needs at least one teacher')
         for teacher in self.source:
             if isinstance(teacher, (nn.Module, Learner, Teacher)): continue
-            raise TypeError(f'the teachers of an ensemble are modules, Learners or Teachers, not {type(teacher).__name__}')
+            raise TypeError(f'the teachers of an ensemble are modules, Learners or Teachers, not {_kind(teacher)}')
         if mean not in self.means: raise ValueError(f'mean is one of {self.means}, not {mean!r}')
         if not isinstance(T, Number) or not 0 < T < float('inf'): raise ValueError(f'T must be positive and finite, not {T!r}')
         if isinstance(weights, str) and weights != 'confidence': raise ValueError(f"weights are numbers or 'confidence', not {weights!r}")
@@ -68,6 +71,11 @@ def _shares(weights, n):
     if not (shares >= 0).all() or not 0 < shares.sum() < float('inf'):
         raise ValueError(f'weights are numbers >= 0 that do not sum to 0, not {weights}')
     return shares/shares.sum()
+
+def _kind(o):
+    "What something is, in words"
+    if isinstance(o, type) and issubclass(o, Teacher): return f'the class {o.__name__} (write {o.__name__}())'
+    return getattr(o, '__name__', type(o).__name__)
 
 # %% ../nbs/25_ensemble.ipynb #25e00009
 @patch

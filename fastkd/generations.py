@@ -6,21 +6,24 @@
 __all__ = ['Generations', 'born_again']
 
 # %% ../nbs/33_generations.ipynb #94226a9d
+import hashlib, re
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import pandas as pd, torch
+import numpy as np, pandas as pd, torch
 from fastai.basics import Learner
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
-from torch import nn
+from torch import Tensor, nn
 from .callback import KnowledgeDistillationCallback
 from .checkpoints import SAFE, _random_states, _set_random_states, _write
 from .ensemble import Ensemble
 from .losses.response import SoftTarget
 from .modules import unwrap_model
+from .schedules import scheduled_value
+from .teachers import Teacher
 
 # %% ../nbs/33_generations.ipynb #56bd7654
 def _lessons(loss, generations, teacher, settings):
@@ -33,10 +36,6 @@ def _lessons(loss, generations, teacher, settings):
     lessons = [partial(KnowledgeDistillationCallback, loss=o, **settings) for o in losses]
     for lesson in lessons: lesson(nn.Identity() if teacher is None else teacher)._check_settings()
     return [None]*(generations - n_taught) + lessons
-
-def _description(lesson, ensemble):
-    "What distinguishes the generation of one run from that of another, in words"
-    return f"{lesson(nn.Identity())}, {'all before it' if ensemble else 'the one before it'}" if lesson else 'no teacher'
 
 # %% ../nbs/33_generations.ipynb #b292270c
 def _check_fresh(learn, generation, earlier):
@@ -70,6 +69,43 @@ def _evaluate(learn):
     finally: vars(learn.recorder).update(recorded)
     names = ['valid_loss', *learn.metrics.attrgot('name')]
     return {name: None if o is None else torch.as_tensor(o).tolist() for name, o in zip(names, values)}
+
+# %% ../nbs/33_generations.ipynb #4d0f5a21
+def _contents(teacher):
+    "The numbers that a teacher knows from, however it is wrapped; none of one that learns during the fit"
+    if isinstance(teacher, (list, tuple)): return [value for member in teacher for value in _contents(member)]
+    if isinstance(teacher, (nn.Module, Learner)): return [*unwrap_model(teacher).state_dict().values()]
+    if isinstance(teacher, (Tensor, np.ndarray)): return [teacher]
+    if hasattr(teacher, 'source'): return _contents(teacher.source)
+    return _contents(teacher.modules()) if isinstance(teacher, Teacher) and not teacher.learns else []
+
+def _digest(values):
+    "A few digits that stand for arrays and tensors"
+    digest = hashlib.sha256()
+    for value in values:
+        if isinstance(value, Tensor): value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        if isinstance(value, np.ndarray): digest.update(np.ascontiguousarray(value))
+    return digest.hexdigest()[:8]
+
+# %% ../nbs/33_generations.ipynb #4d0f5a23
+def _teaching(teacher, ensemble, wrap):
+    "Who teaches, in words"
+    first = [] if teacher is None else [f'first {type(teacher).__name__} {_digest(_contents(teacher))}']
+    around = [] if wrap is None else [f"in {getattr(wrap, '__name__', repr(wrap))}"]
+    return ', '.join(['all before it' if ensemble else 'the one before it', *first, *around])
+
+def _curve(name, curve, weight):
+    "A curve in words and digits"
+    values = [float(scheduled_value(curve, weight, i/1000)) for i in range(1001)]
+    return f'{name} {values[0]:g} to {values[-1]:g} by curve {_digest([np.array(values)])}'
+
+def _description(lesson, teaching):
+    "What distinguishes the generation of one run from that of another, in words"
+    if lesson is None: return 'no teacher'
+    callback, shown = lesson(nn.Identity()), ('loss', 'weight', 'schedule', 'activations_student', 'activations_teacher', 'teacher_metrics')
+    others = [f'{name}={value!r}' for name, value in sorted(lesson.keywords.items()) if name not in shown and value is not None]
+    curves = [_curve(name, curve, callback.weight) for name, curve in sorted(callback.schedules.items())]
+    return re.sub(' at 0x[0-9a-f]+', '', ', '.join([repr(callback), *curves, *others, teaching])) # places in memory change
 
 # %% ../nbs/33_generations.ipynb #aca8530f
 def _folder(path):
@@ -113,9 +149,10 @@ class Generations:
 
     @property
     def best(self) -> Learner:
-        "The learner with the best value of the first metric; the lowest, where it is a loss or an error"
-        values = self.values[self._metric]
-        return self.learners[values.argmin() if 'loss' in self._metric or 'error' in self._metric else values.argmax()]
+        "The learner with the lowest `valid_loss`"
+        losses = self.values['valid_loss'].astype(float)
+        if losses.isna().all(): raise ValueError(f'no generation has a valid_loss to choose by: {losses.tolist()}')
+        return self.learners[losses.fillna(np.inf).argmin()]
 
     @property
     def _metric(self): return self.values.columns[:2][-1]
@@ -150,17 +187,18 @@ def born_again(
     teacher=None, # Teaches generation 0: a module, a `Learner`, a `Teacher` or a list; by default it has no teacher
     ensemble:bool=False, # Whether all who came before teach together
     wrap:Callable=None, # `wrap(teacher)` teaches in each teacher's place, such as `CachedTeacher`
-    path=None, # Folder that keeps finished generations: a run that was killed, called again, goes on after them
+    path=None, # Folder of finished generations: a killed run, called again with the same `fit`, data and seeds, goes on after them
     **settings, # Of the `KnowledgeDistillationCallback`, such as `weight` and `schedule`
 ) -> Generations: # With `learners`, `values`, `best`, `ensemble` and `plot`
     "Train one generation after the other, each taught by what came before"
     if isinstance(teacher, (list, tuple)): teacher = Ensemble(teacher)
     lessons, done = _lessons(loss, generations, teacher, settings), Generations()
     folder = None if path is None else _folder(path)
+    teaching = folder and _teaching(teacher, ensemble, wrap)
     for number, lesson in enumerate(lessons):
         with _generation(number): learn = make_learner(number)
         _check_fresh(learn, number, done.learners)
-        file, description = folder and folder/f'generation_{number}.pth', _description(lesson, ensemble)
+        file, description = folder and folder/f'generation_{number}.pth', folder and _description(lesson, teaching)
         if file and file.exists(): values = _recall(file, learn, description)
         else:
             with _generation(number): values = _train(learn, fit, lesson and lesson(_teacher(teacher, done.learners, ensemble, wrap)))

@@ -10,6 +10,7 @@ import warnings
 
 import pandas as pd, torch
 from fastai.basics import Learner
+from fastcore.basics import listify
 from torch import nn
 from .modules import get_model_layers, get_module_by_name, missing_layer, unwrap_model
 
@@ -42,6 +43,7 @@ def _full_name(side, model, name):
 
 def _chosen_partners(student, teacher, layers):
     "As `_partners`, for the layers that the user pairs"
+    if not isinstance(layers, dict): layers = {name: name for name in listify(layers)}
     pairs = {_full_name('student', student, mine): _full_name('teacher', teacher, theirs) for mine, theirs in layers.items()}
     found = {}
     for mine, theirs in pairs.items():
@@ -103,7 +105,7 @@ def _written_before(mine, theirs, copies):
 def init_from_teacher(
     student, # Model to be trained, or its `Learner`
     teacher, # Trained model, or its `Learner`
-    layers:dict=None, # Teacher layer by student layer, `{'layers.1': 'layers.2'}`; by default layers of one name, and lists evenly
+    layers=None, # Teacher layer by student layer, `{'layers.1': 'layers.2'}`, or names of both; by default layers of one name, lists evenly
 ) -> Initialisation: # A table of all layers of the student that have weights
     "Copy the teacher's weights into a student, where they fit"
     _check_models(student, teacher)

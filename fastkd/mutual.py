@@ -6,7 +6,7 @@
 __all__ = ['Peers', 'MutualLearning', 'split_peers']
 
 # %% ../nbs/31_mutual.ipynb #31000001
-import math
+import math, re
 from functools import partial
 from itertools import chain, combinations
 from dataclasses import replace
@@ -17,7 +17,7 @@ from fastcore.basics import listify, patch
 from torch import Tensor, nn
 from .callback import KnowledgeDistillationCallback
 from .losses.core import Loss, ResponseLoss, Sum
-from .modules import logits, reset_state, unwrap_model
+from .modules import get_module_by_name, logits, missing_layer, reset_state, unwrap_model
 from .schedules import as_schedules
 from .teachers import Teacher
 
@@ -165,6 +165,16 @@ def _for_each(self:MutualLearning, key, curve, loss, n):
     if name == 'factor': curve = partial(_scaled, curve, 1/n)
     return {f'{part.name}.{name}': curve for part in loss.parts[first:first + n]}
 
+# %% ../nbs/31_mutual.ipynb #3100003e
+def _check_layers(loss, peers):
+    "Layers that are compared are there, named as within a peer"
+    for full in chain(*(names or () for part in loss.parts for names in (part.students, part.teachers))):
+        if get_module_by_name(peers, full) is not None: continue
+        _, place, name = full.split('.', 2)
+        within = re.sub(r'^students\.\d+\.', '', name)
+        if within != name: raise ValueError(f"activations have the names that they have within a peer: '{within}', not '{name}'")
+        raise ValueError(f"peer {place}: {missing_layer('student', peers.students[int(place)], name)}")
+
 # %% ../nbs/31_mutual.ipynb #31000015
 def _scaled(curve, by, pct): return by*curve(pct)
 
@@ -179,6 +189,7 @@ def _check_settings(self:MutualLearning):
         if not _equal(first.state_dict(), second.state_dict()): continue
         self._warn_once(f'equal {i} {j}', f'peers {i} and {j} have the same weights: they have nothing to teach each other')
     self._share_out(len(peers.students))
+    _check_layers(self.loss, peers)
     super(MutualLearning, self)._check_settings()
 
 def _equal(a, b): return a.keys() == b.keys() and all(a[name].shape == b[name].shape and torch.equal(a[name], b[name]) for name in a)

@@ -399,9 +399,9 @@ def test_teacher_that_rules_out_a_class():
 def test_an_annealer_that_is_meant_for_the_temperature():
     "A weight of 8 is said to be one, unless the task loss has a weight of its own"
     kd = lambda **kwargs: KnowledgeDistillationCallback(trained_teacher(), SoftTarget(T=4), **kwargs)
-    for curve in (SchedLin(8, 1), Stages(SchedLin(8, 1), 5)):
+    for curve, said in (SchedLin(8, 1), 'SchedLin(8, 1)'), (Stages(SchedLin(8, 1), 5), 'Stages(SchedLin(8, 1), 5)'):
         message = error_of(ValueError, learner(), kd(schedule=curve))
-        assert "weight 8 leaves a negative weight" in message and "If that is a temperature: schedule={'T': SchedLin(8, 1)}" in message
+        assert "weight 8 leaves a negative weight" in message and f"If that is a temperature: schedule={{'T': {said}}}" in message
     messages = [error_of(ValueError, learner(), o) for o in (kd(weight=1.5), kd(weight=2, schedule=cos))]
     assert 'temperature' not in ''.join(messages)
     learner().fit(1, cbs=kd(schedule=SchedLin(8, 1), task_weight=1.))

@@ -209,6 +209,18 @@ def test_layers_of_nobody():
 def test_no_teachers(wrong, exc):
     with pytest.raises(exc): student().fit(1, cbs=KD(wrong, SoftTarget))
 
+@pytest.mark.parametrize('make', [lambda a, b: Ensemble(a, b), lambda a, b: Ensemble(learner(a), b), lambda a, b: Ensemble(Frozen(a), b),
+    lambda a, b: Ensemble(nn.Sequential(a, b))], ids=['module', 'learner', 'teacher', 'sequential'])
+def test_teachers_come_in_a_list(make):
+    "Layers of a `Sequential` are no teachers; the entries of a `ModuleList` are"
+    with pytest.raises(TypeError, match=r'in a list: Ensemble\(\[first, second\]\)'): make(*two())
+    assert len(Ensemble(nn.ModuleList(two())).teachers) == 2
+
+@pytest.mark.parametrize('ask', [lambda: Ensemble([trained_teacher(), MeanTeacher]), lambda: KD(MeanTeacher, SoftTarget),
+    lambda: KD([MeanTeacher], SoftTarget)], ids=['in an ensemble', 'alone', 'in a list'])
+def test_a_class_is_no_teacher(ask):
+    with pytest.raises(TypeError, match=r'the class MeanTeacher \(write MeanTeacher\(\)\)'): ask()
+
 def test_the_student_among_them():
     learn = student()
     assert 'the teacher is the student' in error_of(ValueError, learn, KD([trained_teacher(), learn.model], SoftTarget))

@@ -3,6 +3,7 @@ import os, pytest, shutil, signal, torch
 from fastai.basics import SGD, error_rate, set_seed
 from fastai.callback.fp16 import AMPMode
 from fastai.callback.mixup import MixUp
+from fastai.callback.schedule import SchedLin, combined_cos
 from fastkd.all import *
 from helpers import (At, ByHand, OnCPU, convnet, furthest, is_unchanged, learner, n_hooks, quiet, raising, same, seeded, soft_target,
     started, state, trained_teacher, weights)
@@ -28,6 +29,7 @@ def failing(number, act, fits=None):
         fit(learn, [*cbs, At('before_step', act, nth=3)] if len(fits) == number + 1 else cbs)
     return fit_until
 
+def never(learn, cbs): raise AssertionError('trained')
 def all_weights(done): return [weights(learn.model) for learn in done.learners]
 def all_same(a, b): return len(a) == len(b) and all(map(same, all_weights(a), all_weights(b)))
 
@@ -111,14 +113,16 @@ def test_values():
         assert row == pytest.approx(list(learn.validate()))
     assert list(done.values.columns) == ['valid_loss', 'accuracy'] and done.values.index.name == 'generation'
 
-@pytest.mark.parametrize('metrics,values,best', [('accuracy', [.5, .7, .6], 1), ('error_rate', [.5, .7, .4], 2), (None, [.5, .3, .4], 1)])
-def test_best(metrics, values, best):
-    "The highest, or the lowest where the metric is an error or a loss"
+def test_best():
+    "The lowest loss on the validation data, whatever the metrics are; a generation without one is out of the question"
     from fastkd.generations import Generations
     done = Generations()
-    done.learners, losses = [*'abc'], values if metrics is None else [.3, .2, .1]
-    done._values = [{'valid_loss': loss} | ({metrics: o} if metrics else {}) for loss, o in zip(losses, values)]
-    assert done.best == 'abc'[best] and done.plot().get_ylabel() == (metrics or 'valid_loss')
+    done.learners, done._values = [*'abc'], [{'valid_loss': loss, 'perplexity': o} for loss, o in zip([None, .2, .3], [1., 2., 3.])]
+    assert done.best == 'b' and done.plot().get_ylabel() == 'perplexity'
+    done._values = [{'valid_loss': o} for o in (.3, float('nan'), .2)]
+    assert done.best == 'c' and done.plot().get_ylabel() == 'valid_loss'
+    done._values = [{'valid_loss': None}]*3
+    with pytest.raises(ValueError, match='no generation has a valid_loss to choose by'): done.best
 
 def test_together():
     "The common voice of a chain is the mean of its generations' probabilities"
@@ -195,9 +199,14 @@ def finished(tmp_path_factory):
 
 def other_classes(generation): return quiet(learner(seeded(convnet, 4, n_out=11), n=50))
 
+def never_masked(x): return torch.ones(len(x), dtype=torch.bool)
+
 @pytest.mark.parametrize('other,match', [(dict(make=other_classes), 'size mismatch for head.3.weight'), (dict(loss=SoftTarget(T=2)), 'T=2'),
     (dict(make=lambda i: make(i, 6)), 'another chain'), (dict(weight=.1), 'weight=0.1'), (dict(ensemble=True), 'all before it'),
-    (dict(teacher=trained_teacher), 'no teacher')], ids=['classes', 'loss', 'width', 'weight', 'ensemble', 'teacher'])
+    (dict(teacher=trained_teacher), 'no teacher'), (dict(schedule={'T': SchedLin(8, 1)}), 'T 8 to 1 by curve'),
+    (dict(task_weight=1.), 'task_weight=1.0'), (dict(mask=never_masked), 'mask=<function never_masked>'),
+    (dict(wrap=CachedTeacher), 'in CachedTeacher')],
+    ids=['classes', 'loss', 'width', 'weight', 'ensemble', 'teacher', 'schedule', 'task_weight', 'mask', 'wrap'])
 def test_a_folder_of_another_chain(other, match, finished, tmp_path):
     "Is refused before anything is trained, and stays as it is"
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
@@ -206,6 +215,33 @@ def test_a_folder_of_another_chain(other, match, finished, tmp_path):
     if 'teacher' in other: settings['teacher'] = trained_teacher()
     with pytest.raises(ValueError, match=match): chain(settings.pop('loss'), fit=failing(9, None, fits), path=tmp_path, **settings)
     assert fits == [] and {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+def stored(seed): return StoredTeacher(torch.randn(50, 10, generator=torch.Generator().manual_seed(seed)).numpy())
+def blind(seed): return seeded(convnet, 8, seed=seed)
+
+@pytest.mark.parametrize('make_teacher', [blind, lambda seed: learner(blind(seed)), lambda seed: Frozen(blind(seed)), stored,
+    lambda seed: [trained_teacher(), blind(seed)], lambda seed: CachedTeacher(Ensemble([blind(seed), learner(trained_teacher())]))],
+    ids=['module', 'learner', 'frozen', 'stored', 'list', 'cached ensemble'])
+def test_a_folder_of_another_teacher(make_teacher, tmp_path):
+    "Teachers are compared by what they know: a copy is the same one, another seed is another one"
+    run = lambda seed, fit: chain(SoftTarget, generations=1, teacher=make_teacher(seed), fit=fit, path=tmp_path)
+    done = run(3, lambda learn, cbs: learn.fit(1, 1e-2, cbs=cbs))
+    assert run(3, never).values.equals(done.values)
+    with pytest.raises(ValueError, match='of another chain(.|\n)*and now by .*first'): run(4, never)
+
+def test_a_folder_of_another_curve(tmp_path):
+    "Curves are compared by their values, wherever they stand in memory"
+    run = lambda curve, fit=never: chain(SoftTarget, generations=1, teacher=trained_teacher(), schedule=curve, fit=fit, path=tmp_path)
+    curve = lambda middle: combined_cos(.5, 0., middle, .9)
+    done = run(curve(.5), lambda learn, cbs: learn.fit(1, 1e-2, cbs=cbs))
+    assert run({'weight': curve(.5)}).values.equals(done.values)
+    with pytest.raises(ValueError, match='weight 0 to 0.9 by curve'): run(curve(.6))
+
+def test_a_teacher_that_learns_is_itself(tmp_path):
+    "What it knew at the end of the run before is not asked for"
+    teacher = MeanTeacher()
+    run = lambda fit: chain(SoftTarget, generations=1, teacher=teacher, fit=fit, path=tmp_path)
+    assert run(fit).values.equals(run(never).values) and teacher.n_steps > 0
 
 def test_a_gap_in_the_folder(finished, tmp_path):
     "Nobody knows who taught what comes after it"
@@ -230,8 +266,6 @@ def test_wrapped_models_are_kept_without_their_wrapper(tmp_path):
     assert same(weights(first.learners[0].model.module), weights(done.learners[0].model))
 
 # ---- What is refused
-
-def never(learn, cbs): raise AssertionError('trained')
 
 @pytest.mark.parametrize('settings,exc,match', [
     (dict(generations=0), ValueError, 'a number >= 1, not 0'), (dict(generations='3'), ValueError, "not '3'"),

@@ -71,6 +71,14 @@ def test_chosen_layers():
     assert same({name: before[name] for name in kept}, {name: after[name] for name in kept})
     assert found.table.set_index('student').loc['head', 'why not'] == 'no layer of the teacher is its partner'
 
+@pytest.mark.parametrize('layers', [['blocks.0', 'head'], ('blocks.0', 'head'), {'blocks.0': 'blocks.0', 'head': 'head'}], ids=repr)
+def test_names_that_both_have(layers):
+    student, teacher = pair()
+    found = init_from_teacher(student, teacher, layers)
+    assert set(found.copied) == {'blocks.0.inside', 'blocks.0.outside', 'blocks.0.norm', 'head'} and equal(student.head, teacher.head)
+    assert init_from_teacher(student, teacher, 'embed').copied == {'embed': 'embed'}
+    with pytest.raises(ValueError, match="teacher has no layer 'blocks.5'"): init_from_teacher(teacher, student, ['blocks.5'])
+
 def test_a_list_chosen():
     "Is taken evenly, too, wherever it is"
     student, teacher = Tower(2), nn.ModuleDict(dict(body=Tower(4, seed=1)))

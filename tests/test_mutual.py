@@ -445,7 +445,7 @@ def two(): return Peers(several(4, 6))
     (lambda: Peers([convnet(4), convnet(4, n_out=7)]), lambda: MutualLearning(SoftTarget()), ValueError, 'predict the same classes'),
     (two, lambda: MutualLearning(FitNet()), ValueError, r"MutualLearning\(FitNet\(\), activations=\['…'\]\)"),
     (two, lambda: MutualLearning(SoftTarget(), 'block2'), ValueError, 'compares predictions'),
-    (two, lambda: MutualLearning(FitNet(), 'blokc2'), ValueError, "no layer 'students.0.blokc2'; nearest: .*block2"),
+    (two, lambda: MutualLearning(FitNet(), 'blokc2'), ValueError, "peer 0: the student has no layer 'blokc2'; nearest: block2"),
     (two, lambda: MutualLearning(FitNet(), [['block2']]*3), ValueError, 'layers of 3 peers, and there are 2'),
     (two, lambda: MutualLearning(FitNet(), [['block1', 'block2'], ['block2']]), ValueError, 'do not pair'),
     (two, lambda: MutualLearning(SoftTarget().on(teacher_pred='1')), ValueError, 'leave out teacher_pred'),
@@ -456,6 +456,14 @@ def two(): return Peers(several(4, 6))
     'schedule', 'range'])
 def test_refused(model, cb, exc, said):
     with pytest.raises(exc, match=said): raise exc(error_of(exc, learner(seeded(model)), cb()))
+
+@pytest.mark.parametrize('loss,activations,said', [
+    (FitNet(), ['students.0.block2'], "within a peer: 'block2', not 'students.0.block2'"),
+    (FitNet(), [['block2'], ['students.1.block2']], "'block2', not 'students.1.block2'"),
+    (FitNet().on('block1', 'students.0.block1'), None, "'block1', not 'students.0.block1'"),
+    (FitNet(), [['block2'], ['blok2']], "peer 1: the student has no layer 'blok2'; nearest: block2")], ids=['full', 'one', 'on', 'typo'])
+def test_layers_are_named_as_within_a_peer(loss, activations, said):
+    assert said in error_of(ValueError, peers(4, 6), MutualLearning(loss, activations))
 
 def test_two_in_one_fit():
     learn = peers(4, 6, cbs=MutualLearning(SoftTarget()))
