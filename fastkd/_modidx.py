@@ -1044,6 +1044,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'fastkd/mutual.py'),
                                'fastkd.mutual.MutualLearning._for_each': ('mutual.html#mutuallearning._for_each', 'fastkd/mutual.py'),
                                'fastkd.mutual.MutualLearning._judge': ('mutual.html#mutuallearning._judge', 'fastkd/mutual.py'),
+                               'fastkd.mutual.MutualLearning._labelled': ('mutual.html#mutuallearning._labelled', 'fastkd/mutual.py'),
                                'fastkd.mutual.MutualLearning._layers': ('mutual.html#mutuallearning._layers', 'fastkd/mutual.py'),
                                'fastkd.mutual.MutualLearning._look': ('mutual.html#mutuallearning._look', 'fastkd/mutual.py'),
                                'fastkd.mutual.MutualLearning._parts_of': ('mutual.html#mutuallearning._parts_of', 'fastkd/mutual.py'),

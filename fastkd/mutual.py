@@ -112,7 +112,7 @@ class MutualLearning(KnowledgeDistillationCallback):
         self.peer_loss, self.peer_schedules, self.activations, self._loss_func = self.loss, as_schedules(schedule), activations, None
 
     def __repr__(self): return f'{type(self).__name__}({self.peer_loss}, weight={self.weight:g})'
-    def __getstate__(self): return super().__getstate__() | dict(teacher=_Others(), mask=self.mask, _loss_func=None)
+    def __getstate__(self): return super().__getstate__() | dict(teacher=_Others(), mask=self.mask)
 
     def _as_teacher(self): return _Others(unwrap_model(self.learn.model))
 
@@ -210,20 +210,28 @@ def _look(self:MutualLearning):
 def after_pred(self:MutualLearning):
     "Have the next call of the task loss ask all peers"
     super(MutualLearning, self).after_pred()
-    if self._takes_part() and self._fit.problem is None: self._loss_func, self.learn.loss_func = self.learn.loss_func, self._task_loss
+    if not self._takes_part() or self._fit.problem is not None: return
+    peers = unwrap_model(self.learn.model)
+    peers.peer_preds = self._labelled(peers.peer_preds)
+    self._loss_func, self.learn.loss_func = self.learn.loss_func, self._task_loss
+
+@patch
+def _labelled(self:MutualLearning, preds): return [pred[:len(pred) - self._n_unlabelled()] for pred in preds]
 
 @patch
 def _task_loss(self:MutualLearning, pred, *yb):
-    "The mean of the peers' task losses, once"
+    "The mean of the peers' task losses, once; after an interrupt, the learner's own"
+    loss_func = self._loss_func
     self._put_back()
+    if self._fit is None or not self.learn.training: return loss_func(pred, *yb)
     preds = [value for name, value in self._fit.activations.items() if name.startswith('predictions.')]
-    return torch.stack([self.learn.loss_func(pred, *yb) for pred in preds]).mean()
+    return torch.stack([loss_func(pred, *yb) for pred in self._labelled(preds)]).mean()
 
+# %% ../nbs/31_mutual.ipynb #31000040
 @patch
 def _put_back(self:MutualLearning):
     "The learner's loss function, in its place"
     if self.learn is not None and self.learn.loss_func == self._task_loss: self.learn.loss_func = self._loss_func
-    self._loss_func = None
 
 # %% ../nbs/31_mutual.ipynb #3100001b
 @patch

@@ -14,9 +14,11 @@ from fastkd.callback import KnowledgeDistillationCallback as KD
 from fastkd.losses.feature import FitNet
 from fastkd.losses.response import Logits, SoftTarget
 from fastkd.mutual import MutualLearning, Peers, split_peers
+from fastkd.unlabelled import Unlabelled
 from helpers import (At, OnCPU, as_on_a_gpu, convnet, digits, error_of, fitted, furthest, learner, loaders, n_hooks, named_learner, quiet,
     raising, same, seeded, slow, started, weights, without_waiting)
 from torch import nn
+from torch.utils.data import TensorDataset
 
 def several(*widths, p=0.): return [seeded(convnet, width, p, seed=i) for i, width in enumerate(widths)]
 def peers(*widths, **kwargs): return learner(Peers(several(*widths)), **kwargs)
@@ -258,6 +260,26 @@ def test_learners_own_callback_after_an_interrupt():
     with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=At('after_pred', raising(KeyboardInterrupt), order=70))
     learn.validate()
     assert learn.loss_func is loss_func and [o.name for o in learn.metrics] == ['accuracy']
+
+def test_copy_after_an_interrupt():
+    "Its loss function is that of the learner, from the next event on"
+    learn = peers(4, 6, cbs=MutualLearning(SoftTarget(T=1)))
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=At('after_pred', raising(KeyboardInterrupt), order=20))
+    del learn.pred # its graph cannot be copied
+    twin = copy.deepcopy(learn)
+    assert math.isclose(twin.validate()[0], learn.validate()[0], rel_tol=1e-6) and type(twin.loss_func) is CrossEntropyLossFlat
+    assert twin.fit(1) is None and learn.fit(1) is None and type(learn.loss_func) is CrossEntropyLossFlat
+
+def test_samples_without_labels():
+    "Peers hear each other on all samples; their task losses and metrics are of those with labels"
+    learn, unlabelled = peers(4, 6, metrics=accuracy), torch.randn(60, 1, 8, 8)
+    learn.recorder.train_metrics, seen = True, []
+    def look(learn): seen.append((learn.recorder.distillation['task_loss'][-1], learn.xb[0], learn.yb[0]))
+    cb = MutualLearning(SoftTarget(T=1), weight=.5)
+    started(learn).fit(1, cbs=[cb, Unlabelled(TensorDataset(unlabelled, torch.zeros(60))), At('before_backward', look)])
+    task, x, y = seen[0]
+    with torch.no_grad(): preds = [model(x)[:len(y)] for model in several(4, 6)]
+    assert len(x) == 2*len(y) and math.isclose(task, sum(F.cross_entropy(pred, y) for pred in preds)/2, rel_tol=1e-5)
 
 def test_without_mutual_learning():
     "Peers train as any model: the loss is the ensemble's"
