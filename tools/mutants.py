@@ -335,7 +335,7 @@ SCHEMES = [ # who teaches whom
     Mutant('a peer listens to itself', MUTUAL, "'predictions.') and layer != own", "'predictions.')",
         'test_mutual.py::test_one_step_by_hand'),
     Mutant('the ensemble learns in the place of the peers', MUTUAL,
-        'torch.stack([self.learn.loss_func(pred, *yb) for pred in preds]).mean()', 'self.learn.loss_func(pred, *yb)',
+        'torch.stack([loss_func(pred, *yb) for pred in self._labelled(preds)]).mean()', 'loss_func(pred, *yb)',
         'test_mutual.py::test_one_step_by_hand'),
     Mutant('peers get a share of their gradient', MUTUAL, 'self.learn.loss_grad*len(unwrap_model(self.learn.model).students)',
         'self.learn.loss_grad', 'test_mutual.py::test_weight_zero'),
