@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 from .learners import class_names, from_learner
 from .losses.core import _tensors, to_rows
 from .modules import evaluating, logits, unwrap_model
@@ -191,6 +190,7 @@ def macs(
 ) -> float: # Multiply-accumulates
     "How much a model computes, half of torch's flops"
     plain = sdpa_kernel(SDPBackend.MATH) # torch has no count for the fused attention of CPUs
+    from torch.utils.flop_counter import FlopCounterMode # takes longer to import than all of fastkd
     with evaluating(model), torch.no_grad(), step_by_step(), plain, FlopCounterMode(display=False) as counter: model(*xb)
     return counter.get_total_flops()/2
 
