@@ -96,14 +96,14 @@ def train_once(
         if start not in (None, began):
             raise ValueError('it starts from other weights than the set-ups before it: let make_learner() make a new model each time')
         cbs = [*listify(arm.cbs and arm.cbs()), count]
-        wall, cpu = _fit(arm, learn, cbs, seed)
+        wall, cpu = _time_fit(arm, learn, cbs, seed)
         name, value = measured(learn, metric)
     if not count.n: raise ValueError('no batch was trained with its callbacks: let fit pass them on, learn.fit_one_cycle(8, cbs=cbs)')
     if not np.isfinite(value): raise ValueError(f'its {name} is {value}')
     n_params = sum(p.numel() for p in learn.model.parameters())
     return dict(metric=name, value=value, cpu=cpu, wall=wall, batches=count.n, parameters=n_params, start=began, times=arm.times)
 
-def _fit(arm, learn, cbs, seed):
+def _time_fit(arm, learn, cbs, seed):
     "Train, on the same batches as any other student; wall-clock and CPU seconds"
     loader, longer = _loader(learn), {} if arm.times is None else dict(times=arm.times)
     rng = getattr(loader, 'rng', None) # fastai's loaders shuffle by a state of their own

@@ -97,9 +97,10 @@ class Curriculum(Callback):
     def __init__(self,
         teacher, # Module, `Learner`, `Teacher`, or a list of them: most often the one that is distilled from
         start:float=None, # Share of the training samples in the first epoch, in (0, 1]; .3, unless `schedule` is an annealer
-        schedule=Schedule(sched_lin, end_pct=.5), # A `Schedule` from `start` to 1, or an annealer that is the share
+        schedule=None, # A `Schedule` from `start` to 1, by default linear until half of training; or an annealer that is the share
         by:Callable=sure_of_label, # `by(teacher_pred, target, axis)` is `(bs,)`, the larger the easier; or `sure_of_any`
     ):
+        if schedule is None: schedule = Schedule(sched_lin, end_pct=.5)
         _check_settings(teacher, start, schedule)
         self.teacher, self.start, self.curve, self.by = teacher, .3 if start is None else start, schedule, by
         self.ranking, self.easy, self.drawing = None, None, None

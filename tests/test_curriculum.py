@@ -218,7 +218,7 @@ def test_shares_out_of_range(kwargs):
     with pytest.raises(ValueError, match='above 0 and at most 1'): Curriculum(None, **kwargs)
 
 def test_errors():
-    with pytest.raises(TypeError, match='schedule is a `Schedule`'): Curriculum(None, schedule=None)
+    with pytest.raises(TypeError, match='schedule is a `Schedule`'): Curriculum(None, schedule='lin')
     with pytest.raises(TypeError, match='the teacher comes first'): learner().fit(1, cbs=Curriculum('resnet'))
     by = lambda pred, target, axis: pred
     with pytest.raises(ValueError, match='returns a number for each sample'): learner().fit(1, cbs=Curriculum(trained_teacher(), by=by))
