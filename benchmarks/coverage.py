@@ -3,19 +3,14 @@
 `python -m benchmarks.coverage [--n 200] [--out benchmarks]` trains what is not yet in coverage.json, one seed after the other, so that
 it goes on where it was stopped; then it writes coverage.md. The 200 runs stand for all runs there could be: comparisons of a few seeds
 are drawn from them at random, and what each says is held against the mean of all."""
-import json, numpy as np, os, torch
+import json, numpy as np, torch
 from argparse import ArgumentParser
 from fastkd.demo import EXPERIMENTS, draw, train
+from fastkd.shared import whole_file
 from fastkd.statistics import paired_interval
 from functools import partial
 from pathlib import Path
 from scipy.stats import t
-
-def write(path, value):
-    "A file that is whole or not there"
-    part = path.with_name(f'{path.name}.part')
-    part.write_text(value)
-    os.replace(part, path)
 
 def trained(path, n):
     "Accuracies of `n` seeds on the demo's test images: same labels, same teacher, other weights, batches and augmentation"
@@ -30,7 +25,7 @@ def trained(path, n):
         if teacher is None: teacher = run(experiment.teacher, seed=0, epochs=experiment.teacher_epochs, lr=experiment.teacher_lr)['model']
         alone, distilled = student(seed=seed), student(seed=seed, teacher=teacher)
         for name, o in dict(alone=alone, distilled=distilled).items(): found[name].append(round(o['accuracy'][-1], 4))
-        write(path, json.dumps(found) + '\n')
+        with whole_file(path) as part: part.write_text(json.dumps(found) + '\n')
     return found
 
 def many(values):

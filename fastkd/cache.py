@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .learners import from_learner
 from .losses.core import _tensors
 from .modules import unwrap_model
+from .shared import needed
 from .teachers import Frozen, Teacher
 
 # %% ../nbs/23_cache.ipynb #23c00006
@@ -101,9 +102,8 @@ def find(self:Memory, fields, key):
 
 # %% ../nbs/23_cache.ipynb #23c00010
 def _safetensors():
-    try: import safetensors.torch
-    except ImportError as e: raise ImportError('a cache on disk needs safetensors: pip install fastkd[cache]') from e
-    return safetensors
+    needed('safetensors.torch', 'cache', 'a cache on disk')
+    return needed('safetensors', 'cache', 'a cache on disk')
 
 def write_block(
     folder:Path, # Where blocks are

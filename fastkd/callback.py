@@ -27,6 +27,7 @@ from .learners import from_learner
 from .losses.core import Loss, Mixed, Probe, Sum, _tensors, as_sum, first_samples, loss_name
 from .modules import Captures, evaluating, logits, missing_layer, on_host, reset_state, unwrap_model
 from .schedules import _said, as_schedules, check_curve, multiplies, scheduled_value
+from .shared import loader_behind
 from .teachers import Frozen, Teacher
 
 # %% ../nbs/30_callback.ipynb #07ea4187
@@ -223,7 +224,7 @@ def _check_unlabelled(self:KnowledgeDistillationCallback, pred):
 
 # %% ../nbs/30_callback.ipynb #bc579592
 def _numbered(dl):
-    dl = vars(dl).get('dl', dl) # the loader that `DistributedDL` shares out
+    dl = loader_behind(dl)
     if not isinstance(dl, DataLoader) or not dl.indexed or dl.n is None: return False
     return dl.n == len(dl.dataset) # a language model's loader cuts its texts into other samples
 

@@ -6,13 +6,15 @@
 __all__ = ['SAFE', 'CheckpointCallback']
 
 # %% ../nbs/32_checkpoints.ipynb #ccbddd45
-import math, numpy as np, os
+import math, numpy as np
+from os import PathLike
 
 import torch
 from fastai.basics import Callback, L, Learner, join_path_file
 from fastai.torch_core import get_model, get_random_states, rank_distrib, set_random_states
 from fastcore.basics import listify, patch
 from .callback import KnowledgeDistillationCallback
+from .shared import loader_behind, whole_file
 
 # %% ../nbs/32_checkpoints.ipynb #cce71864
 def _distillations(learn, cbs):
@@ -24,7 +26,7 @@ def save_checkpoint(self:Learner,
     file='checkpoint', # Name of the file, in `learn.path/learn.model_dir`
     cbs=None, # The distillation callbacks, where they are not the learner's
     epochs_done:int=None, # By default the whole epochs of the fit so far
-) -> os.PathLike: # The file
+) -> PathLike: # The file
     "Save all that a run needs to go on, in one file"
     file = join_path_file(file, self.path/self.model_dir, ext='.pth')
     if rank_distrib(): return file
@@ -32,17 +34,9 @@ def save_checkpoint(self:Learner,
     if epochs_done is None: epochs_done = math.floor(getattr(self, 'pct_train', 0.)*getattr(self, 'n_epoch', 0) + 1e-3)
     state = dict(callbacks=[cb.state_dict() for cb in _distillations(self, cbs)], epochs_done=epochs_done, random=_random_states(self),
         frozen_to=self.opt.frozen_idx)
-    _write(dict(model=get_model(self.model).state_dict(), opt=self.opt.state_dict() | dict(distillation=state)), file)
+    with whole_file(file) as part: # a run that dies while it writes keeps the one that it had
+        torch.save(dict(model=get_model(self.model).state_dict(), opt=self.opt.state_dict() | dict(distillation=state)), part)
     return file
-
-def _write(state, file):
-    "A file that is whole or not there: a run that dies while it writes keeps the one that it had"
-    part = file.with_name(f'{file.name}.part')
-    try:
-        torch.save(state, part)
-        with part.open('rb+') as f: os.fsync(f.fileno())
-        os.replace(part, file)
-    finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/32_checkpoints.ipynb #8a38b4e2
 SAFE = [L, np.float64(0).__reduce__()[0], np.dtype, type(np.dtype('float64'))]
@@ -74,7 +68,7 @@ def _random_states(learn):
     "States of all random numbers that training draws, of Python's own types and tensors"
     states = get_random_states()
     kind, keys, *rest = states['numpy_state']
-    shuffling = getattr(_loader(learn), 'rng', None) # fastai's loaders shuffle by a state of their own
+    shuffling = getattr(loader_behind(learn.dls.train), 'rng', None) # fastai's loaders shuffle by a state of their own
     return states | dict(numpy_state=(kind, keys.tolist(), *rest), shuffling=None if shuffling is None else shuffling.getstate())
 
 def _set_random_states(learn, states):
@@ -83,11 +77,7 @@ def _set_random_states(learn, states):
     shuffling = states.pop('shuffling')
     if len(states['torch_cuda_state']) != torch.cuda.device_count(): states['torch_cuda_state'] = None # saved on another machine
     set_random_states(**states)
-    if shuffling is not None: _loader(learn).rng.setstate(shuffling)
-
-def _loader(learn):
-    "The loader that shuffles, also where `DistributedDL` shares it out"
-    return vars(learn.dls.train).get('dl', learn.dls.train)
+    if shuffling is not None: loader_behind(learn.dls.train).rng.setstate(shuffling)
 
 # %% ../nbs/32_checkpoints.ipynb #d1d6fe93
 class CheckpointCallback(Callback):

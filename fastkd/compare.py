@@ -7,7 +7,7 @@ __all__ = ['ALONE', 'Arm', 'as_arm', 'CountBatches', 'measured', 'weights_digest
            'Runs', 'Comparison', 'is_lower_better', 'compare', 'sweep']
 
 # %% ../nbs/40_compare.ipynb #fa10da81
-import gc, hashlib, inspect, json, os, random, time
+import gc, hashlib, inspect, json, random, time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,9 +21,9 @@ from fastai.basics import Callback, Learner, set_seed
 from fastai.torch_core import no_random
 from fastcore.basics import listify, patch
 from fastprogress.fastprogress import master_bar, progress_bar
-from torch import Tensor, nn
-from .checkpoints import _loader
-from .statistics import holm, in_words, mean_interval, needed, paired_interval
+from torch import nn
+from .shared import content_digest, loader_behind, whole_file
+from .statistics import holm, in_words, mean_interval, of_report, paired_interval
 from .teachers import Teacher
 
 # %% ../nbs/40_compare.ipynb #8513b673
@@ -75,12 +75,7 @@ def weights_digest(
     model:nn.Module, # Any model
 ) -> str: # Differs where a parameter or a buffer does
     "A short name for all weights of a model"
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in model.state_dict().items():
-        digest.update(f'{name} {getattr(value, "dtype", "")}'.encode())
-        raw = isinstance(value, Tensor) and not value.is_quantized
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if raw else repr(value).encode())
-    return digest.hexdigest()
+    return content_digest(model.state_dict())
 
 def train_once(
     arm:Arm, # How
@@ -105,7 +100,7 @@ def train_once(
 
 def _time_fit(arm, learn, cbs, seed):
     "Train, on the same batches as any other student; wall-clock and CPU seconds"
-    loader, longer = _loader(learn), {} if arm.times is None else dict(times=arm.times)
+    loader, longer = loader_behind(learn.dls.train), {} if arm.times is None else dict(times=arm.times)
     rng = getattr(loader, 'rng', None) # fastai's loaders shuffle by a state of their own
     set_seed(seed + 0x5eed)
     if rng is not None: loader.rng = random.Random(seed)
@@ -151,12 +146,7 @@ def write_whole(
     what:dict, # JSON
 ):
     "A file that is whole or not there"
-    part = file.with_name(f'{file.name}.part')
-    with part.open('w') as f:
-        f.write(json.dumps(what))
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, file)
+    with whole_file(file) as part: part.write_text(json.dumps(what))
 
 class Runs:
     "Finished runs, in memory and, given a folder, in files"
@@ -366,7 +356,7 @@ def compare(
     **shown, # How a plot names the set-ups: `labels`, `xlabel`
 ) -> Comparison:
     "Train a baseline and other set-ups on the same seeds, for as long, and say which differences are more than noise"
-    for name in ('scipy.stats', 'statsmodels.stats.multitest'): needed(name)
+    for name in ('scipy.stats', 'statsmodels.stats.multitest'): of_report(name)
     seeds, tuning_seeds, setups = _seeds(seeds), _seeds(tuning_seeds, 10**6), {ALONE: None} | setups
     candidates = {name: [as_arm(o, name, make_learner, fit) for o in (setup if isinstance(setup, list) else [setup])]
         for name, setup in setups.items()}

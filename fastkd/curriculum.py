@@ -21,6 +21,7 @@ from .advice import teacher_at_chance
 from .callback import KnowledgeDistillationCallback, _check_kind, _numbered, as_teacher
 from .losses.core import _full_precision
 from .schedules import Schedule, _check_annealer, _said, check_curve, multiplies
+from .shared import loader_behind
 
 # %% ../nbs/34_curriculum.ipynb #3f7fb337
 def sure_of_label(
@@ -65,14 +66,14 @@ def rank(
         raise ValueError(f'{teacher} knows nothing before training: rank the samples by another teacher')
     values = []
     with no_random(reproducible=False):
-        still, dl = _in_order(_loader(learn))
+        still, dl = _in_order(loader_behind(learn.dls.train))
         with still, torch.no_grad():
             for batch in dl: values.append(_easiness(teacher, learn, by, axis, batch, sum(map(len, values))))
     values = torch.cat(values)
     if values.isnan().any(): raise ValueError(f'{teacher} gives no number to sample {int(values.isnan().nonzero()[0])} of the training set')
     return values.argsort(descending=True, stable=True)
 
-def _loader(learn): return vars(learn.dls.train).get('dl', learn.dls.train) # also where `DistributedDL` shares it out
+
 
 # %% ../nbs/34_curriculum.ipynb #ac9b00f8
 def _easiness(teacher, learn, by, axis, batch, n_before):
@@ -144,7 +145,7 @@ def before_fit(self:Curriculum):
 def before_train(self:Curriculum):
     "Rank once, and have this epoch draw from what is easy"
     self.cleanup()
-    share, dl = self.share(self.learn.pct_train), _loader(self.learn)
+    share, dl = self.share(self.learn.pct_train), loader_behind(self.learn.dls.train)
     if self.ranking is None: self._rank()
     self.easy = min(dl.n, max(round(share*dl.n), dl.bs or 1))
     if self.easy == dl.n: return

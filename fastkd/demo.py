@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from .callback import KnowledgeDistillationCallback
 from .losses.response import SoftTarget
+from .statistics import mean_interval
 
 # %% ../nbs/45_demo.ipynb #23439b84
 def digits(
@@ -201,10 +202,9 @@ def interval(
     differences:list, # One for each seed
 ) -> tuple: # Their mean, and half the width of its 95 % interval
     "What the mean of differences is, and how well that is known"
-    from scipy.stats import t
-    differences, n = torch.tensor(differences, dtype=torch.float64), len(differences)
-    half = t.ppf(.975, n - 1)*differences.std().item()/n**.5 if n > 1 else math.inf
-    return differences.mean().item(), half
+    if len(differences) == 1: return differences[0], math.inf
+    mean, low, high = mean_interval(differences)
+    return mean, (high - low)/2
 
 def paired_difference(
     runs:list, # What `all_seeds` returns

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .losses.core import _tensors
 from .modules import evaluating, logits, unwrap_model
 from .report import as_found, step_by_step
+from .shared import needed
 
 # %% ../nbs/43_export.ipynb #fdae0bb9
 class _Predictor(nn.Module):
@@ -60,10 +61,7 @@ def export_program(
     return Path(file)
 
 # %% ../nbs/43_export.ipynb #bbeee83e
-def _need(name):
-    "A package of the extra `onnx`"
-    try: return __import__(name, fromlist=['_'])
-    except ImportError as e: raise ImportError(f'{name.partition(".")[0]} is missing: pip install fastkd[onnx]') from e
+def _need(name): return needed(name, 'onnx', 'an ONNX file')
 
 class OnnxModel(nn.Module):
     "An ONNX file as a model that predicts"

@@ -6,7 +6,7 @@
 __all__ = ['Generations', 'born_again']
 
 # %% ../nbs/33_generations.ipynb #94226a9d
-import hashlib, re
+import re
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
@@ -18,11 +18,12 @@ from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .callback import KnowledgeDistillationCallback
-from .checkpoints import SAFE, _random_states, _set_random_states, _write
+from .checkpoints import SAFE, _random_states, _set_random_states
 from .ensemble import Ensemble
 from .losses.response import SoftTarget
 from .modules import unwrap_model
 from .schedules import scheduled_value
+from .shared import content_digest, whole_file
 from .teachers import Teacher
 
 # %% ../nbs/33_generations.ipynb #56bd7654
@@ -79,13 +80,7 @@ def _contents(teacher):
     if hasattr(teacher, 'source'): return _contents(teacher.source)
     return _contents(teacher.modules()) if isinstance(teacher, Teacher) and not teacher.learns else []
 
-def _digest(values):
-    "A few digits that stand for arrays and tensors"
-    digest = hashlib.sha256()
-    for value in values:
-        if isinstance(value, Tensor): value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        if isinstance(value, np.ndarray): digest.update(np.ascontiguousarray(value))
-    return digest.hexdigest()[:8]
+def _digest(values): return content_digest(dict(enumerate(values)))[:8] # a few digits
 
 # %% ../nbs/33_generations.ipynb #4d0f5a23
 def _teaching(teacher, ensemble, wrap):
@@ -120,7 +115,8 @@ def _folder(path):
 def _keep(file, learn, values, description):
     "Write down a finished generation"
     if rank_distrib(): return
-    _write(dict(model=unwrap_model(learn.model).state_dict(), values=values, taught_by=description, random=_random_states(learn)), file)
+    state = dict(model=unwrap_model(learn.model).state_dict(), values=values, taught_by=description, random=_random_states(learn))
+    with whole_file(file) as part: torch.save(state, part)
 
 def _recall(file, learn, description):
     "Give `learn` the weights that it had when it was finished; returns its metric values"

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from .callback import KnowledgeDistillationCallback
 from .losses.core import ResponseLoss, fit_mask, row_shape, wanted_inputs
+from .shared import loader_behind
 
 # %% ../nbs/35_unlabelled.ipynb #9824088f
 def as_training_set(
@@ -80,7 +81,7 @@ def before_fit(self:Unlabelled):
     if not any(isinstance(cb, KnowledgeDistillationCallback) for cb in self.learn.cbs):
         warnings.warn('unlabelled samples teach nothing by themselves: fit with a KnowledgeDistillationCallback, too', stacklevel=2)
     train = self.learn.dls.train if len(self.learn.dls.loaders) else None
-    train = vars(train).get('dl', train) if isinstance(train, DataLoader) else train # the loader that `DistributedDL` shares out
+    if isinstance(train, DataLoader): train = loader_behind(train)
     if train is None or len(train) == 0: raise ValueError('this learner has no training set to add unlabelled samples to')
     if not isinstance(train, DataLoader) or train.bs is None:
         raise TypeError(f'unlabelled samples are loaded as the training set is, by a fastai DataLoader with a batch size, not by {train}')

@@ -310,7 +310,7 @@ def test_a_fit_that_forgets_its_callbacks():
 def test_reports_are_an_extra(monkeypatch):
     "Said before any training"
     def missing(name): raise ImportError(name)
-    monkeypatch.setattr('fastkd.statistics.import_module', missing)
+    monkeypatch.setattr('fastkd.shared.import_module', missing)
     with pytest.raises(ImportError, match=r'pip install fastkd\[report\]'): compare(None, dict(kd=kd), None)
 
 def test_progress(capsys):

@@ -64,7 +64,7 @@ def test_errors(monkeypatch):
     with pytest.raises(ValueError, match='at least two runs, not 1'): mean_interval([1.])
     with pytest.raises(ValueError, match='not 3 and 2'): paired_interval([1, 2, 3], [1, 2])
     def missing(name): raise ImportError(name)
-    monkeypatch.setattr('fastkd.statistics.import_module', missing)
+    monkeypatch.setattr('fastkd.shared.import_module', missing)
     with pytest.raises(ImportError, match=r'a report needs statsmodels: pip install fastkd\[report\]'): holm([.1])
     with pytest.raises(ImportError, match=r'a report needs scipy: pip install fastkd\[report\]'): mean_interval([1, 2])
 

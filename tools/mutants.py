@@ -182,7 +182,7 @@ LOOP = [
 CHECKPOINTS = [
     Mutant('checkpoint forgets random states', SAVED, 'if not rank_distrib(): _set_random_states', 'if False: _set_random_states',
         'test_loop_inference.py::test_going_on[fitnet]'),
-    Mutant('checkpoint forgets how samples are shuffled', SAVED, "if shuffling is not None: _loader", "if False: _loader",
+    Mutant('checkpoint forgets how samples are shuffled', SAVED, "if shuffling is not None: loader_behind", "if False: loader_behind",
         'test_loop_inference.py::test_going_on[fitnet]'),
     Mutant('checkpoint forgets the callbacks', SAVED, "in zip(cbs, state['callbacks']): cb.load_state_dict(saved)", "in (): pass",
         'test_loop_inference.py::test_checkpoint_of_two_callbacks'),
@@ -190,7 +190,7 @@ CHECKPOINTS = [
         "zip(cbs, state['callbacks'][:1]*len(cbs)): cb", 'test_loop_inference.py::test_checkpoint_of_two_callbacks'),
     Mutant('checkpoint loses an epoch', SAVED, 'epochs_done=self.epoch + 1)', 'epochs_done=self.epoch)',
         'test_loop_inference.py::test_going_on[fitnet]'),
-    Mutant('checkpoint is written in place', SAVED, "part = file.with_name(f'{file.name}.part')", 'part = file',
+    Mutant('checkpoint is written in place', 'shared.py', "part = file.with_name(f'{file.name}.part')", 'part = file',
         'test_loop_inference.py::test_a_checkpoint_that_is_cut_off'),
     Mutant('every process writes a checkpoint', SAVED, '    if rank_distrib(): return file\n', '',
         'test_loop_inference.py::test_only_the_first_process_writes'),
