@@ -62,7 +62,8 @@ def test_a_wrong_file_is_not_kept(tmp_path):
 @pytest.mark.parametrize('name', ['onnx', 'onnxscript', 'onnxruntime'])
 def test_missing_packages(name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=rf'an ONNX file needs {name}: pip install fastkd\[onnx\]'): export_onnx(small(), tmp_path/'a.onnx')
+    said = rf'an ONNX file needs {name}: pip install fastkd\[onnx\]'
+    with pytest.raises(ImportError, match=said): export_onnx(small(), tmp_path/'a.onnx')
 
 class Two(nn.Module):
     "Two inputs, and a dict of answers"
