@@ -652,7 +652,7 @@ def _advise(self:KnowledgeDistillationCallback, task, parts, given):
         scaler = scaler_of(self.learn)
         scale = scaler.get_scale() if scaler is not None else 1.
         try:
-            with self.loss.setting(factors): 
+            with self.loss.setting(factors):
                 said |= unbalanced_parts(task, parts, self.loss, weight, self._left_for_task(weight), params, scale, self._reasons())
         except RuntimeError: pass # some graphs can be walked only by `backward`, such as reentrant checkpoints
     for key, message in said.items():
