@@ -8,7 +8,7 @@ run is written down as it ends, teachers are kept in DIR/teachers, and a command
 import json, platform, torch
 from argparse import ArgumentParser
 from dataclasses import replace
-from fastkd.all import Confident, HardLabel, KnowledgeDistillationCallback, SoftTarget, Unlabelled
+from fastkd.all import CachedTeacher, Confident, HardLabel, KnowledgeDistillationCallback, SoftTarget, Unlabelled
 from fastkd.demo import EXPERIMENTS, draw, fashion_mnist, interval, train
 from itertools import combinations
 from pathlib import Path
@@ -41,7 +41,7 @@ def student(arm, teacher, few, others, test, experiment, seed, ratio):
     return dict(accuracy=run['accuracy'][-1], seconds=run['seconds'])
 
 def teacher_of(folder, few, test, experiment, seed):
-    "The teacher of a seed, trained unless it is on disk, and its accuracy"
+    "The teacher of a seed, trained unless it is on disk, and its accuracy; students see plain images, and it answers once for each"
     file = folder/f'fashion_mnist_{experiment.teacher_epochs}_{seed}.pth'
     if not file.exists():
         run = train(experiment.teacher, (few, test), experiment, seed, experiment.teacher_epochs, experiment.teacher_lr, True, curve=False)
@@ -49,7 +49,7 @@ def teacher_of(folder, few, test, experiment, seed):
         torch.save(dict(model=run['model'].state_dict(), accuracy=run['accuracy'][-1], seconds=run['seconds']), file)
     saved, model = torch.load(file, weights_only=True), experiment.teacher()
     model.load_state_dict(saved.pop('model'))
-    return model, saved
+    return CachedTeacher(model), saved
 
 # ---- Telling
 
