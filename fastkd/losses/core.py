@@ -124,6 +124,7 @@ def _device_type(inputs): return next((tensor.device.type for tensor in _tensors
 
 def _full_precision(inputs, most=math.inf):
     "Plain tensors, and those of half precision and at most `most` elements as float32, wherever they stand"
+    if type(inputs) is Tensor and inputs.dtype not in _HALF: return inputs # most often
     if isinstance(inputs, Tensor):
         full = inputs.float() if inputs.dtype in _HALF and inputs.numel() <= most else inputs
         return full if type(full) is Tensor else full.as_subclass(Tensor)
@@ -180,6 +181,7 @@ def to_rows(
 ) -> Tensor: # `(N, n_classes)`, a view where the memory allows it
     "All positions one below the other"
     if values.ndim == 1: return values[:, None]
+    if values.ndim == 2 and axis in (1, -1): return values
     if axis not in (-1, values.ndim - 1): values = values.movedim(axis, -1)
     return values.flatten(0, -2)
 
