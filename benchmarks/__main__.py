@@ -3,11 +3,16 @@
 `python -m benchmarks [--steps 20] [--out benchmarks] [parts…]` writes step.md, step.json and step.png. The arms take turns step by step
 in one process with one thread, so that a busy machine disturbs all alike; the figures are medians of CPU time and their ratios.
 Memory is the most that is allocated at a time in a step, beyond what was there before it."""
-import json, platform, torch, torch.nn.functional as F
+import json, numpy as np, platform, torch, torch.nn.functional as F, warnings
 from argparse import ArgumentParser
 from benchmarks.losses import be_steady, peak_bytes
-from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, IndexSplitter, Learner, set_seed
+from fastai.data.block import CategoryBlock, DataBlock
+from fastai.vision.augment import RandomResizedCrop, aug_transforms
+from fastai.vision.core import PILImage
+from fastai.vision.data import ImageBlock
 from fastkd.all import Attention, CachedTeacher, KnowledgeDistillationCallback, SoftTarget
+from fastkd.demo import SkipValidation
 from fastkd.teachers import Frozen
 from functools import partial
 from pathlib import Path
@@ -152,7 +157,43 @@ def measure_teachers(steps):
         found[arch.__name__] = in_turns(dict(teacher=lambda: frozen.outputs(xb), **steps_of(arms_of(teacher))), steps)
     return found
 
-PARTS_IN_FULL = dict(steps=measure_steps, features=measure_features, fingerprints=measure_fingerprints)
+class Watch(Callback):
+    "CPU seconds from the end of each training step to that of the next one, and the most that a cache held"
+    order, run_valid = 1000, False
+    def __init__(self, cached=None): self.cached, self.last, self.seconds, self.most = cached, None, [], 0
+    def before_train(self): self.last = None
+    def after_batch(self):
+        now = process_time()
+        if self.last is not None: self.seconds.append(now - self.last)
+        if self.cached is not None: self.most = max(self.most, self.cached.stats['bytes'])
+        self.last = process_time()
+
+def augmented_learner(n=8*16):
+    "Random pictures, cropped and changed at random by fastai"
+    set_seed(0)
+    pixels = np.random.randint(0, 256, (n + 16, 80, 80, 3), np.uint8)
+    block = DataBlock((ImageBlock, CategoryBlock), get_x=lambda i: PILImage.create(pixels[i]), get_y=lambda i: i % 10,
+        splitter=IndexSplitter(range(n, n + 16)), item_tfms=RandomResizedCrop(64), batch_tfms=aug_transforms())
+    dls = block.dataloaders(range(n + 16), bs=16, num_workers=0, device='cpu')
+    return Learner(dls, resnet18(num_classes=10), CrossEntropyLossFlat())
+
+def measure_augmented(steps, n_epochs=4, max_bytes=2**14):
+    "A cache that is asked for what never comes again, beside a live teacher; short fits in turns"
+    teacher, seconds, most, hits, asked, warned = model(resnet34), dict(live=[], cached=[]), 0, 0, 0, []
+    for i in range(max(2, steps//5)):
+        for name in list(seconds)[::1 if i % 2 else -1]:
+            cached = CachedTeacher(teacher, max_bytes=max_bytes) if name == 'cached' else None
+            learn, watch = augmented_learner(), Watch(cached)
+            with learn.no_bar(), learn.no_logging(), warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter('always')
+                learn.fit(n_epochs, cbs=[KD(cached or teacher, SoftTarget(T=T)), SkipValidation(), watch])
+            seconds[name] += watch.seconds
+            if cached is None: continue
+            most, hits, asked = max(most, watch.most), hits + cached.hits, asked + cached.hits + cached.misses
+            warned.append(sum('answers are no longer kept' in str(o.message) for o in caught))
+    return dict(seconds=seconds, most=most, max_bytes=max_bytes, hits=hits, asked=asked, warned=warned, epochs=n_epochs)
+
+PARTS_IN_FULL = dict(augmented=measure_augmented, steps=measure_steps, features=measure_features, fingerprints=measure_fingerprints)
 PARTS = PARTS_IN_FULL | dict(batches=measure_batches, pairs=measure_pairs, teachers=measure_teachers)
 
 # ---- Telling
@@ -170,11 +211,20 @@ def targets(found):
     asked["its step's extra over plain to that of the whole teacher"] = extra['early_stop']/extra['whole_teacher'], .6
     asked['step with a warm cache to plain'] = step['fastkd_cached']/step['plain'], 1.05
     asked['fingerprints to a plain step'] = keys['keys']/keys['plain'], .02
+    augmented = medians(found['augmented']['seconds'])
+    asked['step with a cache under augmentation to live'] = augmented['cached']/augmented['live'], 1.05
+    asked['bytes that it held to max_bytes'] = found['augmented']['most']/found['augmented']['max_bytes'], 1
     rows = [(what, f'{value:.3f}', f'≤ {most}', 'yes' if value <= most else 'no') for what, (value, most) in asked.items()]
     if 'fasterai' in step:
         faster = step['fasterai']/step['fastkd']
         rows.insert(1, ('fasterai to live step', f'{faster:.2f}', '≥ 1.6', 'yes' if faster >= 1.6 else 'no'))
     return table(('ratio', 'measured', 'target', 'met'), rows)
+
+def said_of_augmented(found):
+    "The hit rate, and how the cache gave up"
+    return (f"Under `RandomResizedCrop` and `aug_transforms`, {found['hits']} of {found['asked']:,} answers were known (hit rate "
+        f"{found['hits']/found['asked']:.3f}), in fits of {found['epochs']} epochs. The cache held at most {found['most']:,} of "
+        f"{found['max_bytes']:,} bytes, and said {min(found['warned'])} to {max(found['warned'])} times in a fit that it stops.")
 
 def overhead(found, what):
     "A table of fastkd against hand-written"
@@ -190,7 +240,7 @@ def told(found):
     teachers = [(name, *(f'{1000*o:.0f}' for o in medians(o).values())) for name, o in found['teachers'].items()]
     head = 'arm', 'ms of CPU per step', 'to plain', 'to hand-written', 'MB at the peak', 'to plain'
     said = ['# What a training step costs', f'resnet34 teaches resnet18, 64×64, batches of 16, {steps} steps per arm, in turns.',
-        found['machine'], table(head, rows), '## Targets', targets(found)]
+        found['machine'], table(head, rows), '## Targets', targets(found), said_of_augmented(found['augmented'])]
     said += ['## Batch sizes', '32×32 images.', overhead(found['batches'], 'batch size')]
     said += ['## Pairs of layers', 'Attention maps, batches of 16, 32×32 images.', overhead(found['pairs'], 'pairs')]
     said += ['## Teachers', 'Milliseconds of CPU: the pass of the teacher alone, and the steps.',

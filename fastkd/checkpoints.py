@@ -13,18 +13,21 @@ import torch
 from fastai.basics import Callback, L, Learner, join_path_file
 from fastai.torch_core import get_model, get_random_states, rank_distrib, set_random_states
 from fastcore.basics import listify, patch
-from .callback import KnowledgeDistillationCallback
 from .shared import loader_behind, whole_file
 
 # %% ../nbs/32_checkpoints.ipynb #cce71864
-def _distillations(learn, cbs):
-    "The distillation callbacks among `cbs`, by default those of the learner"
-    return [cb for cb in (learn.cbs if cbs is None else listify(cbs)) if isinstance(cb, KnowledgeDistillationCallback)]
+def _with_state(learn, cbs):
+    "The callbacks with a state among `cbs`, by default those of the learner, and their names; in an order that does not depend on theirs"
+    cbs = learn.cbs if cbs is None else listify(cbs)
+    found = sorted((cb for cb in cbs if hasattr(type(cb), 'load_state_dict')), key=_name) # the callback itself lends those of its model
+    return list(map(_name, found)), found
+
+def _name(o): return type(o).__name__
 
 @patch
 def save_checkpoint(self:Learner,
     file='checkpoint', # Name of the file, in `learn.path/learn.model_dir`
-    cbs=None, # The distillation callbacks, where they are not the learner's
+    cbs=None, # The callbacks whose state is saved, where they are not the learner's
     epochs_done:int=None, # By default the whole epochs of the fit so far
 ) -> PathLike: # The file
     "Save all that a run needs to go on, in one file"
@@ -32,7 +35,8 @@ def save_checkpoint(self:Learner,
     if rank_distrib(): return file
     if self.opt is None: self.create_opt()
     if epochs_done is None: epochs_done = math.floor(getattr(self, 'pct_train', 0.)*getattr(self, 'n_epoch', 0) + 1e-3)
-    state = dict(callbacks=[cb.state_dict() for cb in _distillations(self, cbs)], epochs_done=epochs_done, random=_random_states(self),
+    names, cbs = _with_state(self, cbs)
+    state = dict(names=names, callbacks=[cb.state_dict() for cb in cbs], epochs_done=epochs_done, random=_random_states(self),
         frozen_to=self.opt.frozen_idx)
     with whole_file(file) as part: # a run that dies while it writes keeps the one that it had
         torch.save(dict(model=get_model(self.model).state_dict(), opt=self.opt.state_dict() | dict(distillation=state)), part)
@@ -44,15 +48,16 @@ SAFE = [L, np.float64(0).__reduce__()[0], np.dtype, type(np.dtype('float64'))]
 @patch
 def load_checkpoint(self:Learner,
     file='checkpoint', # Name of the file
-    cbs=None, # The distillation callbacks, as many as were saved, where they are not the learner's
+    cbs=None, # The callbacks whose state was saved, where they are not the learner's
 ) -> int: # Epochs done: `start_epoch` of the fit that goes on
     "Restore what `save_checkpoint` saved"
-    name, file, cbs = file, join_path_file(file, self.path/self.model_dir, ext='.pth'), _distillations(self, cbs)
+    name, file, (names, cbs) = file, join_path_file(file, self.path/self.model_dir, ext='.pth'), _with_state(self, cbs)
     with torch.serialization.safe_globals(SAFE): opt = torch.load(file, map_location='cpu', weights_only=True)['opt']
     state = opt.get('distillation')
     if state is None: raise ValueError(f'{file.name} was not written by `learn.save_checkpoint`')
-    n_saved, n_groups = len(state['callbacks']), len(opt['hypers'])
-    if n_saved != len(cbs): raise ValueError(f'{file.name} holds {n_saved} distillation callbacks, not {len(cbs)}: pass them, `cbs=kd`')
+    n_groups, said = len(opt['hypers']), lambda names: ', '.join(names) or 'no callback'
+    if state['names'] != names:
+        raise ValueError(f"{file.name} holds the state of {said(state['names'])}, and not of {said(names)}: pass them, `cbs=[…]`")
     if self.opt is None: self.create_opt()
     if n_groups != len(self.opt.hypers):
         raise ValueError(f'{file.name} holds {n_groups} parameter groups, and this learner has {len(self.opt.hypers)}: is it the same '

@@ -44,10 +44,19 @@ class Stream:
     "Positions of `n` samples in random order, over and over"
     def __init__(self,
         n:int, # How many samples there are
-    ): self.n, self.rng, self.left, self.wanted = n, random.Random(random.getrandbits(32)), [], 0
+    ): self.n, self.rng, self.left, self.wanted = n, None, [], 0
+
+    def state_dict(self): return {} if self.rng is None else dict(n=self.n, left=self.left, random=self.rng.getstate())
+    def load_state_dict(self, state):
+        "Go on from what `state_dict` returned"
+        if not state: return
+        if state['n'] != self.n: raise ValueError(f"there were {state['n']} unlabelled samples when the run was saved, and now {self.n}")
+        self.left, self.rng = list(state['left']), random.Random()
+        self.rng.setstate(state['random'])
 
     def __call__(self) -> list: # `self.wanted` positions
         "The next ones"
+        if self.rng is None: self.rng = random.Random(random.getrandbits(32)) # not before: a stream that goes on draws no seed
         while len(self.left) < self.wanted: self.left += self.rng.sample(range(self.n), self.n)
         drawn, self.left = self.left[:self.wanted], self.left[self.wanted:]
         return drawn
@@ -64,6 +73,7 @@ class Unlabelled(Callback):
         if not isinstance(ratio, (int, float)) or not 0 < ratio < float('inf'):
             raise ValueError(f'ratio is a number > 0, unlabelled samples for each labelled one, not {ratio!r}')
         self.samples, self.ratio, self.loader, self.batches, self.n_unlabelled = unlabelled, ratio, None, None, 0
+        self.state = {}
 
     def __repr__(self): return f'Unlabelled(ratio={self.ratio:g})'
     def __getstate__(self): return {**self.__dict__, **dict(samples=None, loader=None, batches=None, n_unlabelled=0)}
@@ -71,6 +81,9 @@ class Unlabelled(Callback):
     def cleanup(self):
         "Let the loader go"
         self.loader, self.batches, self.n_unlabelled = None, None, 0
+
+    def state_dict(self): return {} if self.loader is None else self.loader.get_idxs.state_dict()
+    def load_state_dict(self, state): self.state = state # for the stream of the next fit
 
 # %% ../nbs/35_unlabelled.ipynb #f6a91197
 @patch
@@ -87,6 +100,8 @@ def before_fit(self:Unlabelled):
         raise TypeError(f'unlabelled samples are loaded as the training set is, by a fastai DataLoader with a batch size, not by {train}')
     dataset = as_training_set(self.samples, train.dataset)
     bs, stream = max(1, round(self.ratio*train.bs)), Stream(len(dataset))
+    stream.load_state_dict(self.state)
+    self.state = {}
     with no_random(reproducible=False): self.loader = train.new(dataset, bs=bs, shuffle=True, drop_last=False, get_idxs=stream)
 
 @patch

@@ -1,5 +1,5 @@
 "Samples without labels: what each loss sees, what others see, and what is said where that cannot be."
-import pandas as pd, pickle, pytest, torch, torch.nn.functional as F
+import pandas as pd, pickle, pytest, random, torch, torch.nn.functional as F
 from fastai.basics import CancelBatchException, DataLoaders, MSELossFlat, Learner
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import SchedLin
@@ -8,7 +8,7 @@ from fastai.data.block import CategoryBlock
 from fastai.data.core import Datasets
 from fastai.tabular.all import Normalize, TabularDataLoaders, tabular_learner
 from fastai.vision.augment import RandTransform
-from fastkd.all import (Attention, Curriculum, DecoupledKD, Ensemble, HardLabel, KnowledgeDistillationCallback, Logits,
+from fastkd.all import (Attention, CheckpointCallback, Curriculum, DecoupledKD, Ensemble, HardLabel, KnowledgeDistillationCallback, Logits,
     OtherView, SoftTarget, StoredTeacher)
 from fastkd.unlabelled import Confident, Stream, Unlabelled
 from helpers import (At, OnCPU, as_on_a_gpu, convnet, digits, fitted, learner, quiet, raising, same, seeded, trained_teacher, weights,
@@ -402,3 +402,31 @@ def test_no_waiting(monkeypatch):
     kd = KD(trained_teacher(), SoftTarget() + Confident(HardLabel()), weight=.5)
     learn.fit(1, cbs=[kd, Unlabelled(rest(), ratio=1)])
     assert len(learn.watched) == 4
+
+# ---- Resuming
+
+def test_resume(tmp_path):
+    "An interrupted run goes on in the stream of unlabelled samples, whatever was drawn before, and in whatever order callbacks are given"
+    def cbs(): return [KD(trained_teacher(), SoftTarget(T=2), weight=.7), Unlabelled(rest(), ratio=1.3)]
+    def fit(learn, cbs, **kwargs):
+        with quiet(learn): learn.fit(4, 1e-2, cbs=cbs, **kwargs)
+        return learn
+    torch.manual_seed(0)
+    whole = fit(learner(seeded(mlp), path=tmp_path), cbs())
+    torch.manual_seed(0)
+    interrupt = At('after_backward', raising(KeyboardInterrupt), nth=9) # in the third epoch of four batches
+    with pytest.raises(KeyboardInterrupt): fit(learner(seeded(mlp), path=tmp_path), [*cbs(), CheckpointCallback(), interrupt])
+    random.random()
+    torch.rand(3)
+    second, again = learner(seeded(mlp, seed=5), path=tmp_path), cbs()[::-1]
+    assert second.load_checkpoint(cbs=again) == 2
+    fit(second, again, start_epoch=2)
+    assert same(weights(second.model), weights(whole.model))
+
+def test_a_stream_of_other_samples():
+    stream = Stream(5)
+    stream.wanted = 3
+    stream()
+    stream.load_state_dict(stream.state_dict())
+    with pytest.raises(ValueError, match='there were 5 unlabelled samples when the run was saved, and now 6'):
+        Stream(6).load_state_dict(stream.state_dict())
