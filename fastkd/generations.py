@@ -17,6 +17,7 @@ from fastai.basics import Learner
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 from torch import Tensor, nn
+from .cache import _described
 from .callback import KnowledgeDistillationCallback
 from .checkpoints import SAFE, _random_states, _set_random_states
 from .ensemble import Ensemble
@@ -73,12 +74,13 @@ def _evaluate(learn):
 
 # %% ../nbs/33_generations.ipynb #4d0f5a21
 def _contents(teacher):
-    "The numbers that a teacher knows from, however it is wrapped; none of one that learns during the fit"
+    "What a teacher answers from, its numbers and its settings, however it is wrapped; nothing of one that learns during the fit"
     if isinstance(teacher, (list, tuple)): return [value for member in teacher for value in _contents(member)]
     if isinstance(teacher, (nn.Module, Learner)): return [*unwrap_model(teacher).state_dict().values()]
     if isinstance(teacher, (Tensor, np.ndarray)): return [teacher]
     if hasattr(teacher, 'source'): return _contents(teacher.source)
-    return _contents(teacher.modules()) if isinstance(teacher, Teacher) and not teacher.learns else []
+    if not isinstance(teacher, Teacher) or teacher.learns: return []
+    return [*_contents(teacher.modules()), _described(teacher.settings())]
 
 def _digest(values): return content_digest(dict(enumerate(values)))[:8] # a few digits
 
