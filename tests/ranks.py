@@ -99,7 +99,25 @@ def statistics(): return run(KD(SRRL(['head.3'])))
 def not_finite(): return error(seeded(convnet, 16), broken())
 def setting(): return error(seeded(convnet, 16), seeded(convnet, 16), weight=(.5, 2.))
 
-RUNS = {make.__name__: make for make in (fitnet, accumulated, queue, banks, adversarial, statistics, not_finite, setting, saved, example)}
+def scheme(kd, *cbs, make=student, **kwargs):
+    "A scheme of who teaches whom, each process from a random state of its own"
+    learn, seen = learner(make=make, **kwargs), []
+    note = At('after_step', lambda learn: seen.append(weights(learn.model)), order=99, nth=0)
+    set_seed(RANK)
+    with learn.distrib_ctx(cpu=True, sync_bn=False): learn.fit(2, .05, cbs=[kd, note, *cbs])
+    return dict(student=weights(learn.model), table=[list(row) for row in learn.recorder.values], steps=seen)
+
+def two_students(): return Peers([seeded(student), seeded(student, seed=1)])
+def mutual(): return scheme(MutualLearning(SoftTarget(T=2)), make=two_students)
+def mean_teacher():
+    teacher = MeanTeacher(.8)
+    return scheme(KnowledgeDistillationCallback(teacher, SoftTarget())) | dict(mean=weights(teacher.model))
+def supervised(): return scheme(KnowledgeDistillationCallback(Itself(), DeepSupervision(), ['block2']))
+def curriculum(): return scheme(KD(SoftTarget()), Curriculum(seeded(convnet, 16), start=.4))
+def unlabelled(): return scheme(KD(SoftTarget()), Unlabelled(digits()[100:160]))
+
+RUNS = {make.__name__: make for make in (fitnet, accumulated, queue, banks, adversarial, statistics, not_finite, setting, saved, example,
+    mutual, mean_teacher, supervised, curriculum, unlabelled)}
 
 if __name__ == '__main__':
     torch.set_num_threads(1)

@@ -95,6 +95,35 @@ def test_statistics_of_adapters(both):
     assert_equal(first, second)
     assert sum(name.endswith('running_var') for name in first['learned']) == 1
 
+# ---- Schemes
+
+def assert_same_steps(first, second):
+    assert len(first['steps']) == len(second['steps']) > 1 and not same(first['steps'][0], first['steps'][-1])
+    for a, b in zip(first['steps'], second['steps']): assert furthest(a, b) <= 1e-7
+
+@shows('learn = Learner(dls, Peers([student, other])); learn.fit(2, cbs=MutualLearning(SoftTarget))')
+@pytest.mark.parametrize('name', ['mutual', 'supervised'])
+def test_schemes_as_one(both, name):
+    "Peers that teach each other, and heads taught by the last layer, are those of one process with the batches of all"
+    first, second = both(name)
+    assert_same_steps(first, second)
+    assert furthest(first['student'], ranks.RUNS[name]()['student']) < 1e-5
+
+@shows('learn.fit(2, cbs=KnowledgeDistillationCallback(MeanTeacher(), SoftTarget))')
+def test_mean_teacher(both):
+    "The mean of the steps of all processes"
+    first, second = both('mean_teacher')
+    assert_same_steps(first, second)
+    alone = ranks.RUNS['mean_teacher']()
+    assert same(first['mean'], second['mean']) and furthest(first['mean'], alone['mean']) < 1e-5
+    assert not same(first['mean'], first['student'])
+
+@shows('learn.fit(2, cbs=[kd, Unlabelled(items)])')
+@pytest.mark.parametrize('name', ['curriculum', 'unlabelled'])
+def test_schemes_that_choose_samples(both, name):
+    "The student stays the same on all processes, which learn from samples of their own"
+    assert_same_steps(*both(name))
+
 # ---- What is said and written
 
 @shows('learn.recorder.values')
