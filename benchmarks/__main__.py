@@ -238,7 +238,8 @@ def overhead(found, what):
         beside = o['fastkd'] - o['plain'] - o['teacher']
         rows.append((key, *(f'{1000*o[name]:.0f}' for name in ('plain', 'teacher', 'hand_written', 'fastkd')),
             f"{o['fastkd']/o['hand_written']:.3f}", f'{1000*beside:.0f}'))
-    return table((what, 'plain, ms', 'teacher, ms', 'hand-written, ms', 'fastkd, ms', 'to hand-written', 'beside plain and teacher, ms'), rows)
+    head = what, 'plain, ms', 'teacher, ms', 'hand-written, ms', 'fastkd, ms', 'to hand-written', 'beside plain and teacher, ms'
+    return table(head, rows)
 
 def told(found):
     "All of it as Markdown"

@@ -2,10 +2,10 @@
 
 `python -m benchmarks.fashion --root DIR [--labels 3000 58000] [--students small tiny] [--seeds 5] [--out benchmarks]` reads the four idx
 files in DIR/FashionMNIST/raw, and writes fashion.json and fashion.md. Every set-up has the same images, initial weights and number of
-batches. The set-ups and the student alone have three candidates each; two seeds of ten epochs and 2,000 images that nobody trains on choose
-among them, with the small student and 3,000 labels, and the choice is kept for the rest. Other seeds, and the test images, judge. Finished runs and
-teachers are kept in DIR, and a command that was stopped goes on where it was. Some hours on two cores: give each process one of the
-students or numbers of labels."""
+batches. The set-ups and the student alone have three candidates each; two seeds of ten epochs and 2,000 images that nobody trains on
+choose among them, with the small student and 3,000 labels, and the choice is kept for the rest. Other seeds, and the test images, judge.
+Finished runs and teachers are kept in DIR, and a command that was stopped goes on where it was. Some hours on two cores: give each
+process one of the students or numbers of labels."""
 import json, numpy as np, pandas as pd, platform, torch
 from argparse import ArgumentParser
 from fastai.basics import Callback, CancelValidException, CrossEntropyLossFlat, Learner
@@ -148,7 +148,8 @@ def told(found):
     lines = ['# Which loss?', '', f"`python -m benchmarks.fashion`, {found['machine']}. Fashion-MNIST; test accuracy in percent, "
         'and the difference to the student alone, paired over seeds, with its 95 % interval; bold where Holm\'s p is below .05.', '',
         *dict.fromkeys(map(about, known)), '', *table('test accuracy', told_cell), '',
-        *table('CPU seconds (ratio to alone)', cost), '', f'Chosen from (accuracy on held-out images after {TRIAL_EPOCHS} epochs, mean of two seeds):', '']
+        *table('CPU seconds (ratio to alone)', cost), '',
+        f'Chosen from (accuracy on held-out images after {TRIAL_EPOCHS} epochs, mean of two seeds):', '']
     options = {name: [f"`{o['fit'].keywords['lr']}`" if name == ALONE else f'`{o.args[-2]}`' for o in arms]
         for name, arms in candidates(Path(), min(EPOCHS), TRIAL_EPOCHS).items()}
     lines += [f"- {name}: " + ', '.join(f'{option} {value:.2f}' for option, value in zip(options[name], values))
