@@ -1,9 +1,10 @@
-"""What a training step costs: plain, with a hand-written distillation callback, with fastkd's, and with fasterai's where it is installed.
+"""What a training step costs: plain, with a hand-written distillation callback, with fastkd's, and with fasterai and torchdistill where
+they are installed.
 
 `python -m benchmarks [--steps 20] [--out benchmarks] [parts…]` writes step.md, step.json and step.png. The arms take turns step by step
 in one process with one thread, so that a busy machine disturbs all alike; the figures are medians of CPU time and their ratios.
 Memory is the most that is allocated at a time in a step, beyond what was there before it."""
-import copy, json, numpy as np, platform, torch, torch.nn.functional as F, warnings
+import copy, json, logging, numpy as np, platform, torch, torch.nn.functional as F, warnings
 from argparse import ArgumentParser
 from benchmarks.losses import be_steady, peak_bytes
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, IndexSplitter, Learner, set_seed
@@ -62,10 +63,31 @@ def by_fasterai(teacher):
     except ImportError: return {}
     return dict(fasterai=lambda: [Theirs(teacher, partial(their_soft_target, T=T))])
 
+def by_torchdistill(teacher):
+    "A maker of steps of torchdistill's box with the same loss, or nothing where it is not installed"
+    logging.disable(logging.INFO)
+    try: from torchdistill.core.distillation import get_distillation_box
+    except ImportError: return {}
+    return dict(torchdistill=lambda: partial(boxed, get_distillation_box, teacher))
+
+def boxed(get_box, teacher, student, batch):
+    "A step of torchdistill, whose box holds models, loss and optimizer; it leaves the teacher's mode to its user"
+    output = {f'{who}_module_{what}': value for who in ('student', 'teacher') for what, value in (('path', '.'), ('io', 'output'))}
+    loss = dict(key='KDLoss', kwargs=dict(temperature=T, alpha=.5, reduction='batchmean', **output))
+    forward, terms = dict(forward_proc='forward_batch_only'), dict(kd=dict(criterion=loss, weight=1.))
+    config = dict(num_epochs=1, train_data_loader={}, val_data_loader={}, student=forward, teacher=dict(forward, requires_grad=False),
+        optimizer=dict(key='Adam', kwargs=dict(lr=1e-3)), criterion=dict(key='WeightedSumLoss', kwargs=dict(sub_terms=terms)))
+    box = get_box(teacher, student, {}, config, torch.device('cpu'), None, False, 1)
+    box.pre_epoch_process(epoch=0)
+    def step():
+        box.pre_forward_process()
+        box.post_forward_process(loss=box.forward_process(*batch, supp_dict=None))
+    return step
+
 def arms_of(teacher):
-    "Makers of the callbacks of each arm; the first is the baseline"
+    "Makers of the callbacks of each arm, or of its step; the first is the baseline"
     return dict(plain=list, hand_written=lambda: [HandWritten(teacher)], fastkd=lambda: [KD(teacher, SoftTarget(T=T))],
-        fastkd_cached=lambda: [KD(CachedTeacher(teacher), SoftTarget(T=T))], **by_fasterai(teacher))
+        fastkd_cached=lambda: [KD(CachedTeacher(teacher), SoftTarget(T=T))], **by_fasterai(teacher), **by_torchdistill(teacher))
 
 def to_the_end(teacher_pred):
     "A part of a loss that has the teacher run to its end, and adds nothing"
@@ -82,6 +104,7 @@ def stepper(cbs, bs, size):
     "A function that makes one training step, in the middle of a fit"
     samples = [(torch.randn(3, size, size), torch.tensor(i % 10)) for i in range(2*bs)]
     dls = DataLoaders.from_dsets(samples, samples, bs=bs, num_workers=0, device='cpu')
+    if callable(cbs): return cbs(resnet18(num_classes=10), dls.train.one_batch())
     learn = Learner(dls, resnet18(num_classes=10), CrossEntropyLossFlat(), cbs=cbs)
     learn.remove_cb(learn.progress)
     learn.create_opt()
@@ -221,7 +244,7 @@ def targets(found):
     asked['bytes that it held to max_bytes'] = found['augmented']['most']/found['augmented']['max_bytes'], 1
     rows = [(what, f'{value:.3f}', f'≤ {most}', 'yes' if value <= most else 'no') for what, (value, most) in asked.items()]
     if 'fasterai' in step:
-        faster = step['fasterai']/step['fastkd']
+        faster = step['fasterai']/step['fastkd'] # torchdistill is not a callback; its step is in the first table
         rows.insert(1, ('fasterai to live step', f'{faster:.2f}', '≥ 1.6', 'yes' if faster >= 1.6 else 'no'))
     return table(('ratio', 'measured', 'target', 'met'), rows)
 
