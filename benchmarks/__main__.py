@@ -77,7 +77,7 @@ def boxed(get_box, teacher, student, batch):
     forward, terms = dict(forward_proc='forward_batch_only'), dict(kd=dict(criterion=loss, weight=1.))
     config = dict(num_epochs=1, train_data_loader={}, val_data_loader={}, student=forward, teacher=dict(forward, requires_grad=False),
         optimizer=dict(key='Adam', kwargs=dict(lr=1e-3)), criterion=dict(key='WeightedSumLoss', kwargs=dict(sub_terms=terms)))
-    box = get_box(teacher, student, {}, config, torch.device('cpu'), None, False, 1)
+    box = get_box(copy.deepcopy(teacher), student, {}, config, torch.device('cpu'), None, False, 1) # it freezes the weights it is given
     box.pre_epoch_process(epoch=0)
     def step():
         box.pre_forward_process()
