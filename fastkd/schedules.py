@@ -108,7 +108,9 @@ class Stages:
         "Draw the stages over training; returns the axis"
         return _draw(self, ax, n_points, repr(self), 'progress' if multiplies(self) else 'value')
 
-def multiplies(curve): return multiplies(curve.curve) if isinstance(curve, Stages) else isinstance(curve, Schedule)
+def multiplies(curve):
+    "Whether a curve is a factor, and not the value itself"
+    return multiplies(curve.curve) if isinstance(curve, Stages) else isinstance(curve, Schedule)
 
 def _said(curve):
     "A schedule as it is, an annealer as it was written"

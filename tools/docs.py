@@ -54,12 +54,19 @@ def relink(cell, links):
     cell.source = _re_link.sub(lambda m: links.get(m[1], m[1]), _re_attrs.sub(r'\1', cell.source))
     return cell
 
+def with_markdown(cell):
+    "A code `cell`, and after it the markdown that it shows, as a cell whose links are replaced like those of others"
+    shown = [o for o in cell.get('outputs', []) if 'text/markdown' in o.get('data', {}) and 'text/html' not in o.data]
+    if shown: cell.outputs = [o for o in cell.outputs if o not in shown]
+    return [cell, *(mk_cell(''.join(o.data['text/markdown']), 'markdown') for o in shown)]
+
 def page(path, links):
     "The notebook at `path` as Sphinx and nbconvert read it"
     nb = read_nb(path)
     FilterDefaults()(nb)
     nb.cells[0] = heading(nb)
     cells = [documentation(c) if 'show_doc(' in c.source else c for c in nb.cells]
+    cells = [o for c in cells for o in with_markdown(c)]
     nb.cells = [clean(c) if c.cell_type == 'code' else relink(c, links) for c in cells]
     nb.metadata['language_info'] = dict(name='python')
     return nb

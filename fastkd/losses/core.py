@@ -185,7 +185,9 @@ def to_rows(
     if axis not in (-1, values.ndim - 1): values = values.movedim(axis, -1)
     return values.flatten(0, -2)
 
-def row_shape(values, axis): return values.shape if values.ndim == 1 else values.movedim(axis, -1).shape[:-1]
+def row_shape(values, axis):
+    "The shape of all positions, `(bs, ...)`"
+    return values.shape if values.ndim == 1 else values.movedim(axis, -1).shape[:-1]
 
 def mean_of(
     values:Tensor, # `(N,)`

@@ -22,7 +22,9 @@ def rescaled(
     "Numbers on a common scale"
     return values/at_scale(scale)
 
-def at_scale(scale): return scale.masked_fill(scale <= 1e-12, math.inf)
+def at_scale(scale):
+    "A divisor; what has no length becomes 0, and so does its gradient"
+    return scale.masked_fill(scale <= 1e-12, math.inf)
 
 # %% ../../nbs/13_losses.relation.ipynb #d13a50de
 class Similarity(RelationLoss):

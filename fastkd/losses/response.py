@@ -43,7 +43,9 @@ def log_probs(
     "Logarithms of softened probabilities"
     return F.log_softmax(logits if T == 1 else logits/T, dim=1)
 
-def probs(logits, T=1): return F.softmax(logits if T == 1 else logits/T, dim=1)
+def probs(logits, T=1):
+    "Softened probabilities `(N, n_classes)`"
+    return F.softmax(logits if T == 1 else logits/T, dim=1)
 
 # %% ../../nbs/11_losses.response.ipynb #daeea52a
 def finite(
