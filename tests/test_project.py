@@ -89,6 +89,17 @@ def test_readme_is_fresh(monkeypatch):
     pictures = [f'nbs/images/{p.name}' for p in CFG.nbs_path.glob('images/readme_*')]
     assert changed(readme(), {name: (ROOT/name).read_bytes() for name in ('README.md', *pictures)}) == []
 
+def test_contents(monkeypatch):
+    "Each page stands once in the site's table of contents: guides, then tutorials, then modules, each in reading order"
+    monkeypatch.chdir(ROOT)
+    from tools.docs import contents, page_names
+    groups = re.findall(r':caption: (\w+)\n\n(.*?)\n```', contents(page_names().values()).source, re.DOTALL)
+    names = {caption: pages.split('\n') for caption,pages in groups}
+    starts = {caption: {name.partition('.')[0] for name in pages} for caption,pages in names.items()}
+    assert [*names] == ['Guides', 'Tutorials', 'Modules'] and names['Guides'][0] == 'guide.start'
+    assert starts['Guides'] == {'guide'} and starts['Tutorials'] == {'tutorial'} and not starts['Modules'] & {'guide', 'tutorial'}
+    assert sorted(sum(names.values(), ['index'])) == sorted(page_names().values())
+
 # ---- Style
 
 def findings(*paths, **env): # the number that chkstyle ends with

@@ -108,11 +108,11 @@ def slug(text):
     return re.sub(r'[^\w.-]', '', text.lower().replace(' ', '-'))
 
 def contents(names):
-    "A table of contents: tutorials before the modules"
-    tutorials = [name for name in names if name.startswith('tutorial')]
-    modules = [name for name in names if name not in ('index', *tutorials)]
+    "A table of contents: guides and tutorials before the modules"
+    guides, tutorials = ([name for name in names if name.startswith(kind)] for kind in ('guide.', 'tutorial.'))
+    groups = dict(Guides=guides, Tutorials=tutorials, Modules=[name for name in names if name not in ('index', *guides, *tutorials)])
     def tree(caption, names): return '\n'.join(['```{toctree}', ':hidden:', f':caption: {caption}', '', *names, '```'])
-    return mk_cell('\n\n'.join(tree(*o) for o in (('Tutorials', tutorials), ('Modules', modules)) if o[1]), 'markdown')
+    return mk_cell('\n\n'.join(tree(caption, names) for caption,names in groups.items() if names), 'markdown')
 
 def write_pages():
     "Write all pages to a folder for Sphinx"
