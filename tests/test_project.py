@@ -195,3 +195,5 @@ def test_site(source):
     assert {nbpath2html(path).stem for path in NBS} <= pages.keys()
     elsewhere = re.compile(r'<(script|img|iframe)[^>]* src="https?:|<link[^>]* rel="stylesheet"[^>]* href="https?:')
     assert [name for name,html in pages.items() if elsewhere.search(html)] == []
+    code = re.compile(r'<(pre|script)\b.*?</\1>', re.DOTALL)
+    assert [name for name,html in pages.items() if '](' in code.sub('', html)] == [] # a link that was not understood

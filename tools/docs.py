@@ -19,6 +19,7 @@ _re_directive = re.compile(r'^#\|\s*([\w-]+):?\s*(.*)\n?', re.MULTILINE)
 _re_attrs     = re.compile(r'(\]\([^)]*\))\{[^}]*\}')
 _re_source    = re.compile(r'^\[source\]\(.*\n+', re.MULTILINE)
 _re_link      = re.compile(r'(?<=\]\()([^)\s#]+)')
+_re_within    = re.compile(r'\[([^][]*)\[(`[^`]+`)\]\([^)]*\)([^][]*)\](?=\()')
 
 def page_names():
     "The name of each notebook's page, in reading order"
@@ -50,8 +51,9 @@ def clean(cell):
     return cell
 
 def relink(cell, links):
-    "A markdown `cell` with its `links` replaced, and without the attributes that only quarto knows"
-    cell.source = _re_link.sub(lambda m: links.get(m[1], m[1]), _re_attrs.sub(r'\1', cell.source))
+    "A markdown `cell` with its `links` replaced, without attributes that only quarto knows, and without links that nbdev made within links"
+    source = _re_within.sub(r'[\1\2\3]', _re_attrs.sub(r'\1', cell.source))
+    cell.source = _re_link.sub(lambda m: links.get(m[1], m[1]), source)
     return cell
 
 def with_markdown(cell):
