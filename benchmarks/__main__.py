@@ -4,7 +4,7 @@ where they are installed.
 `python -m benchmarks [--steps 20] [--out benchmarks] [parts…]` writes step.md, step.json and step.png. The arms take turns step by step
 in one process with one thread, so that a busy machine disturbs all alike; the figures are medians of CPU time and their ratios.
 Memory is the most that is allocated at a time in a step, beyond what was there before it."""
-import copy, json, logging, numpy as np, platform, torch, torch.nn.functional as F, warnings
+import copy, json, logging, numpy as np, platform, random, torch, torch.nn.functional as F, warnings
 from argparse import ArgumentParser
 from benchmarks.losses import be_steady, peak_bytes
 from fastai.basics import Adam, Callback, CrossEntropyLossFlat, DataLoaders, IndexSplitter, Learner, set_seed
@@ -130,7 +130,7 @@ def in_turns(runs, steps):
     "CPU seconds of each run of each arm, after two rounds to warm up"
     taken = {name: [] for name in runs}
     for i in range(-2, steps):
-        for name in list(runs)[::1 if i % 2 else -1]:
+        for name in random.Random(i).sample(list(runs), len(runs)): # none has always the same one before it
             start = process_time()
             runs[name]()
             if i >= 0: taken[name].append(process_time() - start)
