@@ -100,8 +100,9 @@ def boxed(get_box, teacher, student, batch):
 
 def arms_of(teacher):
     "Makers of the callbacks of each arm, or of its step; the first is the baseline"
-    return dict(plain=list, loop=lambda: partial(looped, teacher), hand_written=lambda: [HandWritten(teacher)], fastkd=lambda: [KD(teacher, SoftTarget(T=T))],
-        fastkd_cached=lambda: [KD(CachedTeacher(teacher), SoftTarget(T=T))], **by_fasterai(teacher), **by_torchdistill(teacher))
+    arms = dict(plain=list, loop=lambda: partial(looped, teacher), hand_written=lambda: [HandWritten(teacher)])
+    arms |= dict(fastkd=lambda: [KD(teacher, SoftTarget(T=T))], fastkd_cached=lambda: [KD(CachedTeacher(teacher), SoftTarget(T=T))])
+    return arms | by_fasterai(teacher) | by_torchdistill(teacher)
 
 def to_the_end(teacher_pred):
     "A part of a loss that has the teacher run to its end, and adds nothing"
