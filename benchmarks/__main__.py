@@ -265,9 +265,10 @@ def targets(found):
 
 def said_of_augmented(found):
     "The hit rate, and how the cache gave up"
+    assert {*found['warned']} == {1}
     return (f"Under `RandomResizedCrop` and `aug_transforms`, {found['hits']} of {found['asked']:,} answers were known (hit rate "
         f"{found['hits']/found['asked']:.3f}), in fits of {found['epochs']} epochs. The cache held at most {found['most']:,} of "
-        f"{found['max_bytes']:,} bytes, and said {min(found['warned'])} to {max(found['warned'])} times in a fit that it stops.")
+        f"{found['max_bytes']:,} bytes, and said once in each of {len(found['warned'])} fits that it stops.")
 
 def overhead(found, what):
     "A table of fastkd against hand-written, and of what it takes beside student and teacher"

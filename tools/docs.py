@@ -146,9 +146,9 @@ def write_site():
     from sphinx.application import Sphinx
     write_pages()
     conf = dict(project='fastkd', html_title=f'fastkd {get_config().version}', html_theme='furo', html_show_copyright=False,
-        html_copy_source=False, html_math_renderer='mathml', extensions=['myst_nb', 'tools.docs'], nb_execution_mode='off',
-        myst_enable_extensions=['dollarmath', 'amsmath'], myst_dmath_double_inline=True,
-        myst_heading_anchors=4, myst_heading_slug_func='tools.docs.slug')
+        html_copy_source=False, html_math_renderer='mathml', extensions=['myst_nb', 'tools.docs'], nb_execution_mode='off')
+    conf |= dict(html_static_path=[str(NBS/'styles.css')], html_css_files=['styles.css'], myst_enable_extensions=['dollarmath', 'amsmath'],
+        myst_dmath_double_inline=True, myst_heading_anchors=4, myst_heading_slug_func='tools.docs.slug')
     # built among the pages and moved when it is whole, since myst-nb leaves a folder beside what it builds
     app = Sphinx(PAGES, None, PAGES/'html', PAGES/'.doctrees', 'html', conf, status=None, warningiserror=True)
     app.build()
