@@ -1,15 +1,14 @@
-"The reference is made from the package: its table holds every public name as it is now, and each name says what it is for."
+"Pages that are made from something else say what it says now: the reference from the package, the benchmarks from their tables."
 import fastkd.all, inspect, json, pytest
 from pathlib import Path
 
 NBS = Path(__file__).resolve().parent.parent/'nbs'
 PUBLIC = {name: o for name, o in vars(fastkd.all).items() if not name.startswith('_')}
 
+def code_cells(page): return [cell for cell in json.loads((NBS/page).read_text())['cells'] if cell['cell_type'] == 'code']
+
 @pytest.fixture(scope='module')
-def cells():
-    "The code cells of the page"
-    nb = json.loads((NBS/'70_guide.reference.ipynb').read_text())
-    return [cell for cell in nb['cells'] if cell['cell_type'] == 'code']
+def cells(): return code_cells('70_guide.reference.ipynb')
 
 @pytest.fixture
 def made(cells, monkeypatch):
@@ -30,3 +29,15 @@ def test_rooms_exist(made): assert all((NBS/path.name).exists() for path in made
 def test_every_name_has_a_docstring():
     "Classes have their own, not that of their base"
     assert [name for name, o in PUBLIC.items() if (inspect.isclass(o) or callable(o)) and not o.__doc__] == []
+
+def test_benchmarks_are_fresh(monkeypatch):
+    "The page shows the tables of the folder"
+    monkeypatch.chdir(NBS)
+    found, shown = {}, 0
+    for cell in code_cells('69_guide.benchmarks.ipynb'):
+        source = ''.join(cell['source'])
+        if source.startswith('#| hide'): exec(source, found)
+        if 'table(' not in source or not cell['outputs']: continue
+        assert ''.join(cell['outputs'][0]['data']['text/markdown']) == eval(source.splitlines()[-1], found).data, source
+        shown += 1
+    assert shown == 9
