@@ -116,10 +116,8 @@ class AttentionMaps(MappedLoss):
         if self.input == 'probabilities':
             tiny = torch.finfo(maps.dtype).tiny
             return F.threshold(maps.mean(1, keepdim=True) if average else maps, tiny, tiny).log()
-        log_maps = maps.log_softmax(-1)
-        if not average: return log_maps
-        finite = log_maps.clamp(min=torch.finfo(maps.dtype).min) # where all heads are -inf, `logsumexp` has no gradient
-        return finite.logsumexp(1, keepdim=True) - math.log(maps.shape[1])
+        log_maps = finite(maps).log_softmax(-1) # both models may have masked the same keys
+        return log_maps.logsumexp(1, keepdim=True) - math.log(maps.shape[1]) if average else log_maps
 
     def check(self, probe):
         super().check(probe)
@@ -133,7 +131,7 @@ class AttentionMaps(MappedLoss):
         if n_s != n_t: raise ValueError(f'{n_s} keys of the student, {n_t} of the teacher')
         average = student.shape[1] != teacher.shape[1]
         if self.input == 'scores':
-            log_s, log_t = (finite(self.log_maps(o, average)) for o in (student, teacher)) # both may have masked the same keys
+            log_s, log_t = (self.log_maps(o, average) for o in (student, teacher))
             return F.kl_div(log_s, log_t, reduction='sum', log_target=True)/log_t[..., 0].numel()
         ratio = self.log_maps(teacher, average).sub_(self.log_maps(student, average))
         return ((teacher.mean(1, keepdim=True) if average else teacher)*ratio).sum()/ratio[..., 0].numel()
