@@ -224,6 +224,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'fastkd/checkpoints.py'),
                                     'fastkd.checkpoints.Learner.save_checkpoint': ( 'checkpoints.html#learner.save_checkpoint',
                                                                                     'fastkd/checkpoints.py'),
+                                    'fastkd.checkpoints._check_names': ('checkpoints.html#_check_names', 'fastkd/checkpoints.py'),
+                                    'fastkd.checkpoints._has_state': ('checkpoints.html#_has_state', 'fastkd/checkpoints.py'),
                                     'fastkd.checkpoints._name': ('checkpoints.html#_name', 'fastkd/checkpoints.py'),
                                     'fastkd.checkpoints._random_states': ('checkpoints.html#_random_states', 'fastkd/checkpoints.py'),
                                     'fastkd.checkpoints._set_random_states': ( 'checkpoints.html#_set_random_states',

@@ -269,7 +269,7 @@ class CachedTeacher(Teacher):
                     stacklevel=2)
         self.earlier = {block.file for block in self.memory.blocks}
 
-    def settings(self): return self.teacher.settings()
+    def settings(self): return () if self.teacher is None else self.teacher.settings()
     def __repr__(self): return f'CachedTeacher({self.teacher or type(self.source).__name__}, {self.stats})'
 
     @property

@@ -7,6 +7,7 @@ __all__ = ['SAFE', 'CheckpointCallback']
 
 # %% ../nbs/32_checkpoints.ipynb #ccbddd45
 import math, numpy as np
+from collections import Counter
 from os import PathLike
 
 import torch
@@ -15,15 +16,18 @@ from fastai.torch_core import get_model, get_random_states, rank_distrib, set_ra
 from fastcore.basics import listify, patch
 from .shared import loader_behind, whole_file
 
-# %% ../nbs/32_checkpoints.ipynb #cce71864
+# %% ../nbs/32_checkpoints.ipynb #8593d045
 def _with_state(learn, cbs):
     "The callbacks with a state among `cbs`, by default those of the learner, and their names; in an order that does not depend on theirs"
     cbs = learn.cbs if cbs is None else listify(cbs)
-    found = sorted((cb for cb in cbs if hasattr(type(cb), 'load_state_dict')), key=_name) # the callback itself lends those of its model
+    found = sorted((cb for cb in cbs if _has_state(type(cb))), key=_name) # an instance would lend those of its model
     return list(map(_name, found)), found
+
+def _has_state(cls): return hasattr(cls, 'state_dict') and hasattr(cls, 'load_state_dict')
 
 def _name(o): return type(o).__name__
 
+# %% ../nbs/32_checkpoints.ipynb #cce71864
 @patch
 def save_checkpoint(self:Learner,
     file='checkpoint', # Name of the file, in `learn.path/learn.model_dir`
@@ -55,9 +59,8 @@ def load_checkpoint(self:Learner,
     with torch.serialization.safe_globals(SAFE): opt = torch.load(file, map_location='cpu', weights_only=True)['opt']
     state = opt.get('distillation')
     if state is None: raise ValueError(f'{file.name} was not written by `learn.save_checkpoint`')
-    n_groups, said = len(opt['hypers']), lambda names: ', '.join(names) or 'no callback'
-    if state['names'] != names:
-        raise ValueError(f"{file.name} holds the state of {said(state['names'])}, and not of {said(names)}: pass them, `cbs=[…]`")
+    _check_names(file, state.get('names', []), names)
+    n_groups = len(opt['hypers'])
     if self.opt is None: self.create_opt()
     if n_groups != len(self.opt.hypers):
         raise ValueError(f'{file.name} holds {n_groups} parameter groups, and this learner has {len(self.opt.hypers)}: is it the same '
@@ -69,6 +72,12 @@ def load_checkpoint(self:Learner,
     return state['epochs_done']
 
 # %% ../nbs/32_checkpoints.ipynb #25717b00
+def _check_names(file, saved, given):
+    "Raise a ValueError unless the same callbacks take part"
+    missing, more = (', '.join((Counter(a) - Counter(b)).elements()) for a, b in ((saved, given), (given, saved)))
+    if missing: raise ValueError(f'{file.name} also holds the state of {missing}: pass all callbacks that were saved, `cbs=[…]`')
+    if more: raise ValueError(f'{file.name} holds no state of {more}: pass the callbacks that were saved, `cbs=[…]`, and no others')
+
 def _random_states(learn):
     "States of all random numbers that training draws, of Python's own types and tensors"
     states = get_random_states()

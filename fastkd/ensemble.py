@@ -186,7 +186,9 @@ def student_layers(self:Ensemble, layers):
 def modules(self:Ensemble): return [model for teacher in self.teachers for model in teacher.modules()]
 
 @patch
-def settings(self:Ensemble): return self.mean, self.weights, self.T, self.axis, [(type(o), o.settings()) for o in self.teachers]
+def settings(self:Ensemble):
+    members = [(type(o), () if isinstance(o, Learner) else o.settings()) for o in self.teachers]
+    return self.mean, self.weights, self.T, self.axis, members
 
 # %% ../nbs/25_ensemble.ipynb #4de5f5df
 @patch

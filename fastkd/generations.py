@@ -74,13 +74,12 @@ def _evaluate(learn):
 
 # %% ../nbs/33_generations.ipynb #4d0f5a21
 def _contents(teacher):
-    "What a teacher answers from, its numbers and its settings, however it is wrapped; nothing of one that learns during the fit"
+    "What a teacher answers from, its numbers and its settings; nothing of one that learns during the fit"
     if isinstance(teacher, (list, tuple)): return [value for member in teacher for value in _contents(member)]
     if isinstance(teacher, (nn.Module, Learner)): return [*unwrap_model(teacher).state_dict().values()]
     if isinstance(teacher, (Tensor, np.ndarray)): return [teacher]
-    if hasattr(teacher, 'source'): return _contents(teacher.source)
     if not isinstance(teacher, Teacher) or teacher.learns: return []
-    return [*_contents(teacher.modules()), _described(teacher.settings())]
+    return [*_contents(teacher.source if hasattr(teacher, 'source') else teacher.modules()), _described(teacher.settings())]
 
 def _digest(values): return content_digest(dict(enumerate(values)))[:8] # a few digits
 

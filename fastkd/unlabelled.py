@@ -12,7 +12,7 @@ from collections.abc import MutableMapping
 import torch
 from fastai.basics import Callback, DataLoader, DataLoaders, Datasets, TfmdLists
 from fastai.data.core import test_set
-from fastai.torch_core import no_random
+from fastai.torch_core import no_random, rank_distrib
 from fastcore.basics import patch
 from torch import Tensor
 from .callback import KnowledgeDistillationCallback
@@ -50,7 +50,9 @@ class Stream:
     def load_state_dict(self, state):
         "Go on from what `state_dict` returned"
         if not state: return
-        if state['n'] != self.n: raise ValueError(f"there were {state['n']} unlabelled samples when the run was saved, and now {self.n}")
+        if state['n'] != self.n:
+            raise ValueError(f"there were {state['n']} unlabelled samples when the run was saved, and now {self.n}: the next fit begins a "
+                'stream of its own')
         self.left, self.rng = list(state['left']), random.Random()
         self.rng.setstate(state['random'])
 
@@ -73,17 +75,18 @@ class Unlabelled(Callback):
         if not isinstance(ratio, (int, float)) or not 0 < ratio < float('inf'):
             raise ValueError(f'ratio is a number > 0, unlabelled samples for each labelled one, not {ratio!r}')
         self.samples, self.ratio, self.loader, self.batches, self.n_unlabelled = unlabelled, ratio, None, None, 0
-        self.state = {}
+        self.state, self.resumed = {}, {} # the stream of the last fit, and that with which the next one goes on
 
     def __repr__(self): return f'Unlabelled(ratio={self.ratio:g})'
     def __getstate__(self): return {**self.__dict__, **dict(samples=None, loader=None, batches=None, n_unlabelled=0)}
 
     def cleanup(self):
         "Let the loader go"
+        self.state = self.state_dict()
         self.loader, self.batches, self.n_unlabelled = None, None, 0
 
-    def state_dict(self): return {} if self.loader is None else self.loader.get_idxs.state_dict()
-    def load_state_dict(self, state): self.state = state # for the stream of the next fit
+    def state_dict(self): return self.state if self.loader is None else self.loader.get_idxs.state_dict()
+    def load_state_dict(self, state): self.resumed = {} if rank_distrib() else state # other processes draw samples of their own
 
 # %% ../nbs/35_unlabelled.ipynb #f6a91197
 @patch
@@ -100,8 +103,8 @@ def before_fit(self:Unlabelled):
         raise TypeError(f'unlabelled samples are loaded as the training set is, by a fastai DataLoader with a batch size, not by {train}')
     dataset = as_training_set(self.samples, train.dataset)
     bs, stream = max(1, round(self.ratio*train.bs)), Stream(len(dataset))
-    stream.load_state_dict(self.state)
-    self.state = {}
+    resumed, self.resumed = self.resumed, {}
+    stream.load_state_dict(resumed)
     with no_random(reproducible=False): self.loader = train.new(dataset, bs=bs, shuffle=True, drop_last=False, get_idxs=stream)
 
 @patch

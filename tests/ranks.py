@@ -1,7 +1,7 @@
 """What processes do together, started by a launcher as `torchrun --nproc_per_node 2 tests/ranks.py FOLDER`.
 
 Each process leaves what it found in FOLDER. Without a launcher, a run is that of one process with batches as large as those of both."""
-import os, runpy, sys, torch
+import os, random, runpy, sys, torch
 from collections import OrderedDict
 from fastai.basics import SGD, CrossEntropyLossFlat, Learner
 from fastai.callback.schedule import SchedLin
@@ -114,7 +114,16 @@ def mean_teacher():
     return scheme(KnowledgeDistillationCallback(teacher, SoftTarget())) | dict(mean=weights(teacher.model))
 def supervised(): return scheme(KnowledgeDistillationCallback(Itself(), DeepSupervision(), ['block2']))
 def curriculum(): return scheme(KD(SoftTarget()), Curriculum(seeded(convnet, 16), start=.4))
-def unlabelled(): return scheme(KD(SoftTarget()), Unlabelled(digits()[100:160]))
+def unlabelled():
+    "And resumed, from one file"
+    drawn = []
+    def note(learn): drawn.append(learn.unlabelled.loader.get_idxs.left[:8])
+    def run(cb, **kwargs): return scheme(KD(SoftTarget()), cb, At('after_batch', note, nth=0), **kwargs)
+    first, again = Unlabelled(digits()[100:160]), Unlabelled(digits()[100:160])
+    found = run(first)
+    again.load_state_dict(dict(n=60, left=[0]*60, random=random.Random(0).getstate()))
+    run(again)
+    return found | dict(drawn=drawn)
 
 RUNS = {make.__name__: make for make in (fitnet, accumulated, queue, banks, adversarial, statistics, not_finite, setting, saved, example,
     mutual, mean_teacher, supervised, curriculum, unlabelled)}

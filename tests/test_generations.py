@@ -5,6 +5,7 @@ from fastai.callback.fp16 import AMPMode
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import SchedLin, combined_cos
 from fastkd.all import *
+from fastkd.generations import _teaching
 from helpers import (At, ByHand, OnCPU, convnet, furthest, is_unchanged, learner, n_hooks, quiet, raising, same, seeded, soft_target,
     started, state, trained_teacher, weights)
 from torch import nn
@@ -303,3 +304,12 @@ def test_a_teacher_that_nobody_hears():
     "A `fit` that forgets `cbs` would train without it"
     with pytest.raises(RuntimeError, match='generation 1 failed, ValueError: .*gives cbs to learn.fit'):
         chain(SoftTarget, fit=lambda learn, cbs: learn.fit(1, 1e-2))
+
+@pytest.mark.parametrize('settings', [dict(mean='logits'), dict(weights=[.9, .1]), dict(weights='confidence'), dict(T=4)], ids=str)
+def test_an_ensemble_of_other_settings_is_another_first_teacher(settings):
+    "The same settings are the same teacher; also behind a cache, where answers go by content"
+    models, by_label = [trained_teacher(), seeded(convnet, 8)], settings.get('weights') == 'confidence'
+    def said(teacher): return _teaching(teacher, False, None)
+    for wrap in [lambda o: o] + [CachedTeacher]*(not by_label):
+        first, same_again, other = (wrap(Ensemble(models, **o)) for o in ({}, {}, settings))
+        assert said(first) == said(same_again) != said(other)

@@ -276,7 +276,7 @@ def test_checkpoint_of_two_callbacks(tmp_path):
         state, restored = cb.state_dict(), other.state_dict()
         assert state['epochs_done'] == 1 and restored['epochs_done'] == 0 # the fit goes on
         assert same(state['loss'], restored['loss'])
-    said = 'holds the state of KnowledgeDistillationCallback, KnowledgeDistillationCallback, and not of no callback: pass them'
+    said = 'also holds the state of KnowledgeDistillationCallback, KnowledgeDistillationCallback: pass all callbacks that were saved'
     with pytest.raises(ValueError, match=said): learn.load_checkpoint()
     learn.save('student')
     with pytest.raises(ValueError, match='student.pth was not written by `learn.save_checkpoint`'): learn.load_checkpoint('student')

@@ -118,11 +118,18 @@ def test_mean_teacher(both):
     assert same(first['mean'], second['mean']) and furthest(first['mean'], alone['mean']) < 1e-5
     assert not same(first['mean'], first['student'])
 
+@shows('learn.fit(2, cbs=[Curriculum(teacher), kd])')
+def test_curriculum_over_processes(both):
+    "The student stays the same on all of them"
+    assert_same_steps(*both('curriculum'))
+
 @shows('learn.fit(2, cbs=[kd, Unlabelled(items)])')
-@pytest.mark.parametrize('name', ['curriculum', 'unlabelled'])
-def test_schemes_that_choose_samples(both, name):
-    "The student stays the same on all processes, which learn from samples of their own"
-    assert_same_steps(*both(name))
+def test_unlabelled_over_processes(both):
+    "Each draws samples of its own, also in a run that goes on from a file of the first one; the student stays the same"
+    first, second = both('unlabelled')
+    assert_same_steps(first, second)
+    assert len(first['drawn']) == len(second['drawn']) and [0]*8 in first['drawn']
+    for a, b in zip(first['drawn'], second['drawn']): assert a != b
 
 # ---- What is said and written
 

@@ -423,6 +423,22 @@ def test_resume(tmp_path):
     fit(second, again, start_epoch=2)
     assert same(weights(second.model), weights(whole.model))
 
+def test_a_checkpoint_after_an_interrupt(tmp_path):
+    "What is saved by hand when the fit is over has the stream, too, and other callbacks are an error that says what to do"
+    cbs = [KD(trained_teacher(), SoftTarget()), Unlabelled(rest())]
+    learn = learner(seeded(mlp), path=tmp_path)
+    with pytest.raises(KeyboardInterrupt): fitted(learn, [*cbs, At('after_backward', raising(KeyboardInterrupt), nth=1)])
+    left = cbs[1].state_dict()['left']
+    assert 0 < len(left) < 80
+    learn.save_checkpoint('manual', cbs=cbs)
+    again = Unlabelled(rest())
+    learn.load_checkpoint('manual', cbs=[KD(trained_teacher(), SoftTarget()), again])
+    assert again.resumed['left'] == left
+    with pytest.raises(ValueError, match='also holds the state of Unlabelled: pass all'): learn.load_checkpoint('manual', cbs=cbs[0])
+    learn.save_checkpoint('plain', cbs=[])
+    with pytest.raises(ValueError, match='holds no state of KnowledgeDistillationCallback, Unlabelled: pass the callbacks that were saved'):
+        learn.load_checkpoint('plain', cbs=cbs)
+
 def test_a_stream_of_other_samples():
     stream = Stream(5)
     stream.wanted = 3
@@ -430,3 +446,8 @@ def test_a_stream_of_other_samples():
     stream.load_state_dict(stream.state_dict())
     with pytest.raises(ValueError, match='there were 5 unlabelled samples when the run was saved, and now 6'):
         Stream(6).load_state_dict(stream.state_dict())
+    unlabelled = Unlabelled(rest())
+    unlabelled.load_state_dict(stream.state_dict())
+    cbs = [KD(trained_teacher(), SoftTarget()), unlabelled]
+    with pytest.raises(ValueError, match='the next fit begins a stream of its own'): fitted(learner(seeded(mlp)), cbs)
+    fitted(learner(seeded(mlp)), cbs, n_epoch=1)
