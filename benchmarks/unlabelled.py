@@ -1,6 +1,6 @@
 """Do unlabelled images help a student? Fashion-MNIST with 3,000 labels, and the other 57,000 training images without.
 
-`python -m benchmarks.unlabelled --root DIR [--seeds 3] [--ratio 4] [--epochs 40] [--out benchmarks]` reads the four idx files in
+`python -m benchmarks.unlabelled --root DIR [--seeds 3] [--ratio 2] [--epochs 40] [--out benchmarks]` reads the four idx files in
 DIR/FashionMNIST/raw, and writes unlabelled.json and unlabelled.md: accuracy on the test images of a teacher trained on the labelled
 images with augmentation, and of students: alone, distilled on the labelled images, distilled on the unlabelled ones besides, and there
 with pseudo labels, too, where the teacher is sure. All students have the same initial weights, labelled batches and number of steps. Each
@@ -41,7 +41,7 @@ def student(arm, teacher, few, others, test, experiment, seed, ratio):
     return dict(accuracy=run['accuracy'][-1], seconds=run['seconds'])
 
 def teacher_of(folder, few, test, experiment, seed):
-    "The teacher of a seed, trained unless it is on disk, and its accuracy; students see plain images, and it answers once for each"
+    "The teacher of a seed, trained unless it is on disk, and its accuracy"
     file = folder/f'fashion_mnist_{experiment.teacher_epochs}_{seed}.pth'
     if not file.exists():
         run = train(experiment.teacher, (few, test), experiment, seed, experiment.teacher_epochs, experiment.teacher_lr, True, curve=False)
@@ -49,25 +49,27 @@ def teacher_of(folder, few, test, experiment, seed):
         torch.save(dict(model=run['model'].state_dict(), accuracy=run['accuracy'][-1], seconds=run['seconds']), file)
     saved, model = torch.load(file, weights_only=True), experiment.teacher()
     model.load_state_dict(saved.pop('model'))
-    return CachedTeacher(model), saved
+    return model, saved
 
 # ---- Telling
 
-def said(differences): return '{:+.2f} ± {:.2f}'.format(*interval(differences))
+def said(differences):
+    mean, half = interval(differences)
+    return f'{mean:+.2f} ± {half:.2f}' if len(differences) > 2 else f'{mean:+.2f}, of too few seeds for an interval'
 
 def told(found):
-    "All of it as Markdown; differences over the seeds that both arms have"
-    runs, settings = found['runs'], found['settings']
-    row = lambda name, o: f"| {name} | {mean(r['accuracy'] for r in o):.2f} | {len(o)} | {mean(r['seconds'] for r in o):.0f} |"
+    "All of it as Markdown, of the seeds that all arms have"
+    settings, arms = found['settings'], {arm: runs for arm, runs in found['runs'].items() if runs}
+    seeds = sorted(set.intersection(*map(set, arms.values())))
+    values = {arm: [runs[seed]['accuracy'] for seed in seeds] for arm, runs in arms.items()}
     lines = ['# Unlabelled images', '', f"Fashion-MNIST, {settings['n_labels']} labels, {settings['ratio']:g} unlabelled images for each "
-        f"labelled one in a batch, {settings['epochs']} epochs of the labelled images. {found['machine']}.", '',
-        '| | accuracy, % | seeds | CPU seconds |', '|---|--:|--:|--:|']
-    lines += [row(name, [*runs[arm].values()]) for arm, name in (dict(teacher='teacher') | ARMS).items() if runs.get(arm)]
+        f"labelled one in a batch, {settings['epochs']} epochs of the labelled images, {len(seeds)} seeds. {found['machine']}.", '',
+        '| | accuracy, % | CPU seconds |', '|---|--:|--:|']
+    lines += [f"| {name} | {mean(values[arm]):.2f} | {mean(arms[arm][seed]['seconds'] for seed in seeds):.0f} |"
+        for arm, name in (dict(teacher='teacher') | ARMS).items() if arm in arms]
     lines += ['', '| difference | points |', '|---|--:|']
-    for one, other in combinations([arm for arm in ARMS if runs.get(arm)], 2):
-        both = [seed for seed in runs[one] if seed in runs[other]]
-        differences = [runs[other][seed]['accuracy'] - runs[one][seed]['accuracy'] for seed in both]
-        if both: lines.append(f'| {ARMS[other]} – {ARMS[one]} | {said(differences)} |')
+    for one, other in combinations([arm for arm in ARMS if arm in arms], 2):
+        lines.append(f'| {ARMS[other]} – {ARMS[one]} | {said([b - a for a, b in zip(values[one], values[other])])} |')
     return '\n'.join(lines) + '\n'
 
 def main(args):
@@ -85,7 +87,7 @@ def main(args):
         if not missing: continue
         teacher, found['runs'].setdefault('teacher', {})[str(seed)] = teacher_of(args.root/'teachers', few, test, experiment, seed)
         for arm in missing:
-            run = student(arm, teacher, few, others, test, experiment, seed, args.ratio)
+            run = student(arm, CachedTeacher(teacher), few, others, test, experiment, seed, args.ratio) # it sees each image as it is
             found['runs'].setdefault(arm, {})[str(seed)] = run
             file.write_text(json.dumps(found, indent=1) + '\n')
             (args.out/'unlabelled.md').write_text(told(found))
@@ -96,7 +98,7 @@ if __name__ == '__main__':
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--root', type=Path, required=True, help='folder that holds FashionMNIST/raw')
     parser.add_argument('--seeds', type=int, default=3, help='how often all is repeated')
-    parser.add_argument('--ratio', type=float, default=4., help='unlabelled images for each labelled one')
+    parser.add_argument('--ratio', type=float, default=2., help='unlabelled images for each labelled one')
     parser.add_argument('--epochs', type=int, help='epochs of teachers and students, by default those of the demo')
     parser.add_argument('--out', type=Path, default=Path('benchmarks'), help='folder for unlabelled.md and unlabelled.json')
     main(parser.parse_args())
