@@ -2,10 +2,10 @@
 
 `python -m benchmarks.fashion --root DIR [--labels 3000 58000] [--students small tiny] [--seeds 5] [--out benchmarks]` reads the four idx
 files in DIR/FashionMNIST/raw, and writes fashion.json and fashion.md. Every set-up has the same images, initial weights and number of
-batches. The set-ups and the student alone have three candidates each; two seeds of ten epochs and 2,000 images that nobody trains on
-choose among them, with the small student and 3,000 labels, and the choice is kept for the rest. Other seeds, and the test images, judge.
-Finished runs and teachers are kept in DIR, and a command that was stopped goes on where it was. Some hours on two cores: give each
-process one of the students or numbers of labels."""
+batches. Losses and the student alone have three candidates each, sums get those of their parts, and label smoothing has none. Two seeds of
+ten epochs and 2,000 images that nobody trains on choose among them, with the small student and 3,000 labels, and the choice is kept for
+the rest. Other seeds, and the test images, judge. Finished runs and teachers are kept in DIR, and a command that was stopped goes on where
+it was. Some hours on two cores: once settings are chosen, give each process students or numbers of labels of its own."""
 import json, numpy as np, pandas as pd, platform, torch
 from argparse import ArgumentParser
 from fastai.basics import Callback, CancelValidException, CrossEntropyLossFlat, Learner
@@ -156,23 +156,27 @@ def told(found):
         for name, values in found['choice'].items()]
     return '\n'.join(lines) + '\n'
 
-def keep(out, key, what, choice):
-    "Write a result beside those of other processes"
-    file = out/'fashion.json'
-    found = json.loads(file.read_text()) if file.exists() else dict(comparisons={})
-    found |= dict(machine=f'{platform.machine()}, {platform.system()}, torch {torch.__version__}, one thread', choice=choice)
-    found['comparisons'][key] = what
-    with whole_file(file) as part: part.write_text(json.dumps(found, indent=1) + '\n')
-    (out/'fashion.md').write_text(told(found))
+def keep(root, out, key, what):
+    "Write a result to a file of its own, since other processes may end at the same time, and the table of all"
+    folder = root/'found'
+    folder.mkdir(exist_ok=True)
+    with whole_file(folder/f'{key}.json') as part: part.write_text(json.dumps(what))
+    found = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob('*.json'))}
+    found = dict(machine=f'{platform.machine()}, {platform.system()}, torch {torch.__version__}, one thread', choice=found.pop('choice'),
+        comparisons=found)
+    with whole_file(out/'fashion.json') as part: part.write_text(json.dumps(found, indent=1) + '\n')
+    with whole_file(out/'fashion.md') as part: part.write_text(told(found))
 
 def main(args):
     torch.set_num_threads(1)
+    if args.seeds < 2: raise SystemExit('an interval needs at least two seeds')
     choice = choose(args.root)
+    keep(args.root, args.out, 'choice', choice)
     for n_labels in args.labels:
         for student in args.students:
             for n_seeds in range(2, args.seeds + 1):
                 what = compared(args.root, n_labels, student, choice, n_seeds)
-                keep(args.out, f'{n_labels:06d} {student}', what, choice)
+                keep(args.root, args.out, f'{n_labels:06d} {student}', what)
                 print(f'{n_labels} labels, {student}, {n_seeds} seeds', *what['words'], sep='\n', flush=True)
 
 if __name__ == '__main__':

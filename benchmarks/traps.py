@@ -1,4 +1,4 @@
-"""Four known traps, each with a run that fell into it. Fashion-MNIST, 3,000 labels, the small student of benchmarks.fashion.
+"""Known traps, each with runs that fell into it. Fashion-MNIST, 3,000 labels, the small student of benchmarks.fashion.
 
 `python -m benchmarks.traps --root DIR [--seeds 5] [--out benchmarks]` writes traps.json and traps.md. Set-ups have the same initial
 weights and number of batches. Finished runs are kept in DIR, and a command that was stopped goes on where it was."""
@@ -7,7 +7,7 @@ from argparse import ArgumentParser
 from fastkd.all import Frozen, KnowledgeDistillationCallback, SoftTarget, StoredTeacher, Teacher, compare
 from fastkd.compare import ALONE
 from fastkd.demo import loaders
-from fastkd.statistics import paired_interval
+from fastkd.statistics import holm, paired_interval
 from functools import lru_cache, partial
 from pathlib import Path
 from torch import nn
@@ -20,10 +20,10 @@ PAIRS = [ # What to compare: the trap, and what to do instead
     (TWICE, ALONE, 'the model ends in a softmax, and cross entropy takes another one'),
     ('distilled, a softmax too many', TWICE, 'what a teacher seems to bring to such a student'),
     ('distilled, a softmax too many', ALONE, 'what is left of it beside a student with logits'),
-    ('distilled', ALONE, 'nothing wrong'),
+    ('distilled', ALONE, 'no trap: what a teacher brings'),
     ('without T²', 'distilled', f'the softened part counts T² = {T*T} times less'),
     ('teacher in train mode', 'distilled', 'dropout and statistics of the batch in what it says'),
-    ('augmented', AUGMENTED, 'nothing wrong: both see the changed image'),
+    ('augmented', AUGMENTED, 'no trap: both see the changed image'),
     ('augmented, teacher sees the plain image', 'augmented', 'it answers for another image')]
 
 class InTrainMode(Teacher):
@@ -74,9 +74,10 @@ def told(found):
         'with shifts and flips. Test accuracy in percent, with 95 % intervals.', '', lined(['set-up', 'accuracy', 'CPU seconds'])]
     lines.append('|---|--:|--:|')
     lines += [lined([name, f"{o['test_accuracy']:.2f} ± {(o['high'] - o['low'])/2:.2f}", f"{o['CPU s']:.0f}"]) for name, o in table.items()]
-    lines += ['', lined(['trap', 'beside', 'difference', 'what happens']), '|---|---|--:|---|']
-    lines += [lined([one, other, '{:+.2f} ({:+.2f} to {:+.2f})'.format(*found['pairs'][f'{one}/{other}'][:3]), why])
-        for one, other, why in PAIRS]
+    lines += ['', lined(['set-up', 'beside', 'difference', "Holm's p", 'what happens']), '|---|---|--:|--:|---|']
+    corrected = holm([found['pairs'][f'{one}/{other}'][3] for one, other, _ in PAIRS])
+    lines += [lined([one, other, '{:+.2f} ({:+.2f} to {:+.2f})'.format(*found['pairs'][f'{one}/{other}'][:3]), f'{p:.3f}', why])
+        for (one, other, why), p in zip(PAIRS, corrected)]
     return '\n'.join(lines) + '\n'
 
 def main(args):
