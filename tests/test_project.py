@@ -34,8 +34,8 @@ FORKS.set_forkserver_preload(['nbdev.test', 'fastai.vision.all', 'matplotlib.pyp
 
 def passes(path, skip):
     "Run a notebook in a process of its own: what it patches, seeds and leaves open ends with it"
-    with ProcessPoolExecutor(1, mp_context=FORKS) as pool: done,_ = pool.submit(run_notebook, path, skip, basepath=ROOT, cell_timeout=3600).result()
-    return done
+    with ProcessPoolExecutor(1, mp_context=FORKS) as pool:
+        return pool.submit(run_notebook, path, skip, basepath=ROOT, cell_timeout=3600).result()[0] # seconds for a cell
 
 def flags(path): return {name for cell in nb_test_cells(path) for name in cell.directives_} & {*FLAGS}
 
