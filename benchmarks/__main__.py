@@ -4,8 +4,9 @@ where they are installed.
 `python -m benchmarks [--steps 20] [--out benchmarks] [parts…]` writes step.md, step.json and step.png. The arms take turns step by step
 in one process with one thread, so that a busy machine disturbs all alike; the figures are medians of CPU time and their ratios.
 Memory is the most that is allocated at a time in a step, beyond what was there before it."""
-import copy, json, logging, numpy as np, platform, random, torch, torch.nn.functional as F, warnings
+import copy, json, logging, numpy as np, random, torch, torch.nn.functional as F, warnings
 from argparse import ArgumentParser
+from benchmarks import machine
 from benchmarks.losses import be_steady, peak_bytes
 from fastai.basics import Adam, Callback, CrossEntropyLossFlat, DataLoaders, IndexSplitter, Learner, set_seed
 from fastai.data.block import CategoryBlock, DataBlock
@@ -326,10 +327,9 @@ if __name__ == '__main__':
     be_steady()
     file = args.out/'step.json'
     found = json.loads(file.read_text()) if args.parts and file.exists() else {}
-    machine = f'{platform.machine()}, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}, one thread'
     for part in args.parts or PARTS:
         found[part] = PARTS[part](args.steps if part in PARTS_IN_FULL else max(3, args.steps//2))
-        file.write_text(json.dumps(found | dict(machine=machine), indent=1) + '\n')
+        file.write_text(json.dumps(found | dict(machine=machine()), indent=1) + '\n')
     found = json.loads(file.read_text())
     if not found.keys() >= PARTS.keys(): raise SystemExit(f"not measured yet: {', '.join(sorted(PARTS.keys() - found.keys()))}")
     text = told(found)

@@ -6,8 +6,9 @@ batches. Losses and the student alone have three candidates each, sums get those
 ten epochs and 2,000 images that nobody trains on choose among them, with the small student and 3,000 labels, and the choice is kept for
 the rest. Other seeds, and the test images, judge. Finished runs and teachers are kept in DIR, and a command that was stopped goes on where
 it was. Some hours on two cores: once settings are chosen, give each process students or numbers of labels of its own."""
-import json, numpy as np, pandas as pd, platform, torch
+import json, numpy as np, pandas as pd, torch
 from argparse import ArgumentParser
+from benchmarks import machine
 from fastai.basics import Callback, CancelValidException, CrossEntropyLossFlat, Learner
 from fastai.callback.schedule import ParamScheduler, combined_cos
 from fastai.losses import LabelSmoothingCrossEntropyFlat
@@ -162,8 +163,7 @@ def keep(root, out, key, what):
     folder.mkdir(exist_ok=True)
     with whole_file(folder/f'{key}.json') as part: part.write_text(json.dumps(what))
     found = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob('*.json'))}
-    found = dict(machine=f'{platform.machine()}, {platform.system()}, torch {torch.__version__}, one thread', choice=found.pop('choice'),
-        comparisons=found)
+    found = dict(machine=machine(), choice=found.pop('choice'), comparisons=found)
     with whole_file(out/'fashion.json') as part: part.write_text(json.dumps(found, indent=1) + '\n')
     with whole_file(out/'fashion.md') as part: part.write_text(told(found))
 

@@ -4,8 +4,9 @@
 that is allocated at a time in a forward and a backward pass, the gradient included, in units of the logits; times are medians of CPU time,
 one thread. The system gives and takes tensors of this size page by page, unless the allocator keeps them, as it does on a GPU: times are
 measured both ways."""
-import fastkd.losses.core as core, json, math, platform, statistics, torch
+import fastkd.losses.core as core, json, math, statistics, torch
 from argparse import ArgumentParser
+from benchmarks import machine
 from benchmarks.losses import be_steady, keep_memory, peak_bytes
 from fastkd.all import DecoupledKD, Divergence, SoftTarget
 from functools import partial
@@ -71,10 +72,9 @@ if __name__ == '__main__':
     given = {key: torch.randn(8192, N_CLASSES) for key in ('pred', 'teacher_pred')}
     given['pred'].requires_grad_()
     largest = peak_bytes(partial(step, SoftTarget(T=4), given))/given['pred'].nbytes
-    machine = f'torch {torch.__version__}, one thread, Python {platform.python_version()}, {platform.machine()}, {platform.system()}'
-    head = f'{args.rows} positions, {N_CLASSES} classes; memory in units of the logits, their gradient included. {machine}.'
+    head = f'{args.rows} positions, {N_CLASSES} classes; memory in units of the logits, their gradient included. {machine()}.'
     tail = f'8192 positions, 1.07 GB of logits, SoftTarget in chunks: {largest:.2f} times the logits.'
     (args.out/'logits.md').write_text('\n'.join([head, '', *lines, '', tail, '']))
-    results = dict(machine=machine, rows=args.rows, found=found, kept=kept, largest=largest)
+    results = dict(machine=machine(), rows=args.rows, found=found, kept=kept, largest=largest)
     (args.out/'logits.json').write_text(json.dumps(results, indent=1) + '\n')
     print(head, '', *lines, '', tail, sep='\n')

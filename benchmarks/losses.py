@@ -3,9 +3,10 @@
 `python -m benchmarks.losses [--repeats 20] [--out benchmarks] [names…]` writes losses.md and losses.json. Both take turns in one process
 with one thread, forward and backward; times are medians of CPU time, memory is the peak of what is allocated meanwhile, the gradients too.
 Both must give the same value and the same gradient, so that the same thing is measured."""
-import copy, ctypes, importlib, inspect, json, math, os, pkgutil, platform, statistics, sys, time
+import copy, ctypes, importlib, inspect, json, math, os, pkgutil, statistics, sys, time
 import fastkd.losses, torch, torch.nn.functional as F
 from argparse import ArgumentParser
+from benchmarks import machine
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -481,6 +482,5 @@ if __name__ == '__main__':
         print(lines[-1], flush=True)
     notes = NOTES.format(response=call_cost('Logits', tiny_logits), feature=call_cost('FitNet', tiny_maps))
     command = ' '.join(['python -m benchmarks.losses', *sys.argv[1:]])
-    machine = f'torch {torch.__version__}, one thread, Python {platform.python_version()}, {platform.machine()}, {platform.system()}'
-    (args.out/'losses.md').write_text('\n'.join([f'`{command}`: {machine}.', '', *lines, '', notes, '']))
-    (args.out/'losses.json').write_text(json.dumps(dict(command=command, machine=machine, found=found), indent=1) + '\n')
+    (args.out/'losses.md').write_text('\n'.join([f'`{command}`: {machine()}.', '', *lines, '', notes, '']))
+    (args.out/'losses.json').write_text(json.dumps(dict(command=command, machine=machine(), found=found), indent=1) + '\n')

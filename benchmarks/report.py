@@ -3,8 +3,9 @@
 `python -m benchmarks.report [--rounds 40] [--out benchmarks]` writes report.md and report.json. Both ways of measuring take turns in
 one process with one thread, round by round, so that a busy machine slows both; what counts is the ratio of the medians of all rounds. The
 loop is also compared with itself: that ratio says how finely the machine can tell times apart while it does other work."""
-import json, platform, statistics, time, torch, torchvision
+import json, statistics, time, torch, torchvision
 from argparse import ArgumentParser
+from benchmarks import machine
 from fastkd.report import latencies, macs
 from functools import partial
 from pathlib import Path
@@ -54,7 +55,7 @@ if __name__ == '__main__':
             lines.append(f'| {name} | {counts[0]:.3f} | {gmacs:.3f} | {counts[1]:.2f} | {millions:.2f} | {bs} | {times["report"]:.2f} | '
                 f'{times["loop"]:.2f} | {ratio:.3f} | {control:.3f} |')
             print(lines[-1], flush=True)
-    about = f'`python -m benchmarks.report --rounds {args.rounds}`, torch {torch.__version__}, {platform.machine()}, one thread.'
+    about = f'`python -m benchmarks.report --rounds {args.rounds}`, {machine()}.'
     args.out.joinpath('report.md').write_text('\n'.join(['# What `report` measures', '', about, NOTE, '', *lines, '']))
     args.out.joinpath('report.json').write_text(json.dumps(found, indent=1) + '\n')
     far = [name for name, o in found.items() if abs(o['ratio'] - 1) > .05]

@@ -2,8 +2,9 @@
 
 `python -m benchmarks.traps --root DIR [--seeds 5] [--out benchmarks]` writes traps.json and traps.md. Set-ups have the same initial
 weights and number of batches. Finished runs are kept in DIR, and a command that was stopped goes on where it was."""
-import copy, json, platform, torch
+import copy, json, torch
 from argparse import ArgumentParser
+from benchmarks import machine
 from fastkd.all import Frozen, KnowledgeDistillationCallback, SoftTarget, StoredTeacher, Teacher, compare
 from fastkd.compare import ALONE
 from fastkd.demo import loaders
@@ -85,7 +86,7 @@ def main(args):
     comparison = compare(partial(new_learner, args.root, N_LABELS, WIDTHS['small']), setups(args.root), partial(fit, epochs=EPOCHS),
         args.seeds, test_accuracy, args.root/'runs'/'traps')
     values = comparison.values()
-    found = dict(machine=f'{platform.machine()}, {platform.system()}, torch {torch.__version__}, one thread', seeds=args.seeds,
+    found = dict(machine=machine(), seeds=args.seeds,
         teacher=teacher_of(args.root, N_LABELS)[1], table=json.loads(comparison.table().to_json(orient='index')),
         pairs={f'{one}/{other}': paired_interval(values[one].to_numpy(), values[other].to_numpy()) for one, other, _ in PAIRS})
     (args.out/'traps.json').write_text(json.dumps(found, indent=1) + '\n')

@@ -5,8 +5,9 @@ DIR/FashionMNIST/raw, and writes unlabelled.json and unlabelled.md: accuracy on 
 images with augmentation, and of students: alone, distilled on the labelled images, distilled on the unlabelled ones besides, and there
 with pseudo labels, too, where the teacher is sure. All students have the same initial weights, labelled batches and number of steps. Each
 run is written down as it ends, teachers are kept in DIR/teachers, and a command that was stopped goes on where it was."""
-import json, platform, torch
+import json, torch
 from argparse import ArgumentParser
+from benchmarks import machine
 from dataclasses import replace
 from fastkd.all import CachedTeacher, Confident, HardLabel, KnowledgeDistillationCallback, SoftTarget, Unlabelled
 from fastkd.demo import EXPERIMENTS, draw, fashion_mnist, interval, train
@@ -80,7 +81,7 @@ def main(args):
     settings = dict(n_labels=10*experiment.n_labels, ratio=args.ratio, epochs=experiment.student_epochs)
     found = json.loads(file.read_text()) if file.exists() else dict(settings=settings, runs={})
     if found['settings'] != settings: raise SystemExit(f"{file} was made with {found['settings']}: choose another --out, or move it away")
-    found['machine'] = f'{platform.machine()}, {platform.system()}, torch {torch.__version__}, one thread'
+    found['machine'] = machine()
     for seed in range(args.seeds):
         few, others, test = parts(data, experiment.n_labels, seed)
         missing = [arm for arm in ARMS if str(seed) not in found['runs'].get(arm, {})]

@@ -252,7 +252,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fastkd.compare.Runs.train_all': ('compare.html#runs.train_all', 'fastkd/compare.py'),
                                 'fastkd.compare._check_times': ('compare.html#_check_times', 'fastkd/compare.py'),
                                 'fastkd.compare._check_trials': ('compare.html#_check_trials', 'fastkd/compare.py'),
-                                'fastkd.compare._code': ('compare.html#_code', 'fastkd/compare.py'),
                                 'fastkd.compare._described': ('compare.html#_described', 'fastkd/compare.py'),
                                 'fastkd.compare._longer': ('compare.html#_longer', 'fastkd/compare.py'),
                                 'fastkd.compare._seeds': ('compare.html#_seeds', 'fastkd/compare.py'),

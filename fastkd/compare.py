@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from textwrap import fill
-from types import CodeType, FunctionType
+from types import FunctionType
 from urllib.parse import quote
 
 import numpy as np, pandas as pd, torch
@@ -22,6 +22,7 @@ from fastai.torch_core import no_random
 from fastcore.basics import listify, patch
 from fastprogress.fastprogress import master_bar, progress_bar
 from torch import nn
+from .cache import _code
 from .shared import content_digest, loader_behind, whole_file
 from .statistics import holm, in_words, mean_interval, of_report, paired_interval
 from .teachers import Teacher
@@ -112,8 +113,6 @@ def _time_fit(arm, learn, cbs, seed):
     return time.perf_counter() - wall, time.process_time() - cpu
 
 # %% ../nbs/40_compare.ipynb #c1e50b8c
-def _code(code): return code.co_code, code.co_names, [_code(o) if isinstance(o, CodeType) else o for o in code.co_consts]
-
 def _described(o, home, seen=()):
     "What can be said of a value, the same in every process; of functions outside of module `home` their names"
     told = partial(_described, home=home, seen=seen)

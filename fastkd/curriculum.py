@@ -73,8 +73,6 @@ def rank(
     if values.isnan().any(): raise ValueError(f'{teacher} gives no number to sample {int(values.isnan().nonzero()[0])} of the training set')
     return values.argsort(descending=True, stable=True)
 
-
-
 # %% ../nbs/34_curriculum.ipynb #ac9b00f8
 def _easiness(teacher, learn, by, axis, batch, n_before):
     "What `by` says of a batch"
