@@ -125,10 +125,10 @@ def unlabelled():
     run(again)
     return found | dict(drawn=drawn)
 
-RUNS = {make.__name__: make for make in (fitnet, accumulated, queue, banks, adversarial, statistics, not_finite, setting, saved, example,
-    mutual, mean_teacher, supervised, curriculum, unlabelled)}
+RUNS = {make.__name__: make for make in (fitnet, accumulated, queue, banks, adversarial, statistics, not_finite, setting, saved, example)}
+SCHEMES = {make.__name__: make for make in (mutual, mean_teacher, supervised, curriculum, unlabelled)}
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
     os.chdir(sys.argv[1])
-    for name in sys.argv[2:] or RUNS: torch.save((RUNS | dict(cut_short=cut_short))[name](), f'{name}.{RANK}')
+    for name in sys.argv[2:] or RUNS: torch.save((RUNS | SCHEMES | dict(cut_short=cut_short))[name](), f'{name}.{RANK}')

@@ -26,8 +26,10 @@ def launched(launcher, folder, *names, **kwargs):
 @pytest.fixture(scope='session', params=['torchrun', pytest.param('accelerate', marks=pytest.mark.slow)])
 def both(request, tmp_path_factory):
     "`both(run)` is what each of the two processes found in a run; all runs are made at one launch"
-    folder = tmp_path_factory.mktemp(request.param)
-    done = launched(request.param, folder)
+    return found_by_both(request.param, tmp_path_factory.mktemp(request.param))
+
+def found_by_both(launcher, folder, *names):
+    done = launched(launcher, folder, *names)
     assert done.returncode == 0, done.stderr[-3000:]
     return lambda name: [torch.load(folder/f'{name}.{rank}', weights_only=False) for rank in range(2)]
 
@@ -97,36 +99,45 @@ def test_statistics_of_adapters(both):
 
 # ---- Schemes
 
+@pytest.fixture(scope='session')
+def schemes(tmp_path_factory):
+    "The same of schemes: who teaches whom"
+    return found_by_both('torchrun', tmp_path_factory.mktemp('schemes'), *ranks.SCHEMES)
+
 def assert_same_steps(first, second):
     assert len(first['steps']) == len(second['steps']) > 1 and not same(first['steps'][0], first['steps'][-1])
     for a, b in zip(first['steps'], second['steps']): assert furthest(a, b) <= 1e-7
 
+@pytest.mark.slow
 @shows('learn = Learner(dls, Peers([student, other])); learn.fit(2, cbs=MutualLearning(SoftTarget))')
 @pytest.mark.parametrize('name', ['mutual', 'supervised'])
-def test_schemes_as_one(both, name):
+def test_schemes_as_one(schemes, name):
     "Peers that teach each other, and heads taught by the last layer, are those of one process with the batches of all"
-    first, second = both(name)
+    first, second = schemes(name)
     assert_same_steps(first, second)
-    assert furthest(first['student'], ranks.RUNS[name]()['student']) < 1e-5
+    assert furthest(first['student'], ranks.SCHEMES[name]()['student']) < 1e-5
 
+@pytest.mark.slow
 @shows('learn.fit(2, cbs=KnowledgeDistillationCallback(MeanTeacher(), SoftTarget))')
-def test_mean_teacher(both):
+def test_mean_teacher(schemes):
     "The mean of the steps of all processes"
-    first, second = both('mean_teacher')
+    first, second = schemes('mean_teacher')
     assert_same_steps(first, second)
-    alone = ranks.RUNS['mean_teacher']()
+    alone = ranks.SCHEMES['mean_teacher']()
     assert same(first['mean'], second['mean']) and furthest(first['mean'], alone['mean']) < 1e-5
     assert not same(first['mean'], first['student'])
 
+@pytest.mark.slow
 @shows('learn.fit(2, cbs=[Curriculum(teacher), kd])')
-def test_curriculum_over_processes(both):
+def test_curriculum_over_processes(schemes):
     "The student stays the same on all of them"
-    assert_same_steps(*both('curriculum'))
+    assert_same_steps(*schemes('curriculum'))
 
+@pytest.mark.slow
 @shows('learn.fit(2, cbs=[kd, Unlabelled(items)])')
-def test_unlabelled_over_processes(both):
+def test_unlabelled_over_processes(schemes):
     "Each draws samples of its own, also in a run that goes on from a file of the first one; the student stays the same"
-    first, second = both('unlabelled')
+    first, second = schemes('unlabelled')
     assert_same_steps(first, second)
     assert len(first['drawn']) == len(second['drawn']) and [0]*8 in first['drawn']
     for a, b in zip(first['drawn'], second['drawn']): assert a != b
