@@ -75,7 +75,7 @@ class Unlabelled(Callback):
         if not isinstance(ratio, (int, float)) or not 0 < ratio < float('inf'):
             raise ValueError(f'ratio is a number > 0, unlabelled samples for each labelled one, not {ratio!r}')
         self.samples, self.ratio, self.loader, self.batches, self.n_unlabelled = unlabelled, ratio, None, None, 0
-        self.state, self.resumed = {}, {} # the stream of the last fit, and that with which the next one goes on
+        self.state, self.resumes = {}, False # of the stream while no fit is under way, and whether the next one goes on with it
 
     def __repr__(self): return f'Unlabelled(ratio={self.ratio:g})'
     def __getstate__(self): return {**self.__dict__, **dict(samples=None, loader=None, batches=None, n_unlabelled=0)}
@@ -86,7 +86,7 @@ class Unlabelled(Callback):
         self.loader, self.batches, self.n_unlabelled = None, None, 0
 
     def state_dict(self): return self.state if self.loader is None else self.loader.get_idxs.state_dict()
-    def load_state_dict(self, state): self.resumed = {} if rank_distrib() else state # other processes draw samples of their own
+    def load_state_dict(self, state): self.state, self.resumes = state, not rank_distrib() # other processes draw samples of their own
 
 # %% ../nbs/35_unlabelled.ipynb #f6a91197
 @patch
@@ -103,8 +103,8 @@ def before_fit(self:Unlabelled):
         raise TypeError(f'unlabelled samples are loaded as the training set is, by a fastai DataLoader with a batch size, not by {train}')
     dataset = as_training_set(self.samples, train.dataset)
     bs, stream = max(1, round(self.ratio*train.bs)), Stream(len(dataset))
-    resumed, self.resumed = self.resumed, {}
-    stream.load_state_dict(resumed)
+    resumes, self.resumes = self.resumes, False
+    if resumes: stream.load_state_dict(self.state)
     with no_random(reproducible=False): self.loader = train.new(dataset, bs=bs, shuffle=True, drop_last=False, get_idxs=stream)
 
 @patch
