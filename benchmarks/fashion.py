@@ -28,6 +28,7 @@ TRIAL_EPOCHS = 10
 WIDTHS     = dict(small=9, tiny=4)
 TEACHERS   = {3000: (64, 40), 58_000: (32, 10)} # width and epochs
 STAGE      = ['2'] # the last convolution, 7×7
+LOGITS     = ['5'] # for RKD: angles between the teacher's 12,544 features of a stage would take 800 MB a table
 
 # ---- What is trained on what
 
@@ -77,12 +78,13 @@ def fit(learn, cbs, epochs, lr=EXPERIMENT.lr):
 # ---- The set-ups, with three candidates each
 
 def scaled(loss, usual): return [usual*scale*loss for scale in (.1, 1, 10)]
-def at_stage(loss, usual): return scaled(loss.on(STAGE, STAGE), usual)
+def at(layers, loss, usual): return scaled(loss.on(layers, layers), usual)
+at_stage = partial(at, STAGE)
 
 RESPONSE = dict(SoftTarget=[SoftTarget(T=T) for T in (2, 4, 8)], Logits=scaled(Logits(), .3), DecoupledKD=scaled(DecoupledKD(), 1),
     DIST=scaled(DIST(), 1))
 STAGED   = dict(FitNet=at_stage(FitNet(), 10), Attention=at_stage(Attention(), 1000), VID=at_stage(VID(), 1), PKT=at_stage(PKT(), 30_000),
-    Similarity=at_stage(Similarity(), 3000), RKD=at_stage(RKD(), 1))
+    Similarity=at_stage(Similarity(), 3000), RKD=at(LOGITS, RKD(), 1))
 ADDED    = ['FitNet', 'Attention', 'RKD'] # to soft targets, with what was chosen for each alone
 SMOOTHED = 'label smoothing'
 
