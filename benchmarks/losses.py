@@ -431,26 +431,22 @@ def call_cost(name, make, repeats=2000):
         taken[arm] = statistics.median(tries)/(repeats//10)
     return 1e6*(taken['ours'] - taken['plain'])
 
-NOTES = """Ratios are of medians, and above 1 they have four reasons.
+NOTES = """Ratios are of medians, and above 1 they have three reasons.
 
-- **A call has a price of its own**: inputs are looked through for half precision, autocast is switched off, activations are
-  paired. Here it is {response:.0f} µs for a loss on predictions and {feature:.0f} µs for one on activations, whatever their size. Rows
-  whose formula takes less than 2 ms show it. Plain tensors and flat logits pass through at once; without
-  the search for the device of the inputs it would be 10 µs less, and without autocast switched off, wrong.
-- **Exact distances.** `InstanceGraph` and `RKD` take distances from differences (`pdist`); the authors take them from inner
-  products, a matrix product that rounds the distance of close samples away. For 128 rows of 512 features the forward pass of `pdist`
-  took .7 ms, a product .4, `cdist` without products 7, a table of all differences 24; most of the time of `pdist` goes into its
-  backward pass. It holds less memory.
-- **Probabilities of 0.** `AttentionMaps` has to lift zeros before their logarithm, and hides them from the gradient: three more
-  passes than the formula, which says nan there. `threshold` does it here; `xlogy` and `kl_div` took ten times as long as a logarithm,
-  and more. From scores, keys that are masked in both models are left out.
-  `Divergence` keeps classes that are ruled out finite, one pass more.
-- **Numbers that would overflow.** `Attention` with another power than 2 divides by the largest value first; `Similarity` and
-  `Gram` scale inner products before they are squared, and `PKT` keeps rounded shares from being negative. That is one pass over a table
-  of `bs × bs` numbers, or over the activation.
+- **A call has a price of its own**: inputs are looked through for half precision, autocast is asked for, activations are paired. Here it
+  is {response:.0f} µs for a loss on predictions and {feature:.0f} µs for one on activations when called over and over, and up to twice as
+  much between computations that take its place in the processor's memory. Rows whose formula takes less than 2 ms show it. One walk over
+  the inputs and a fast way for plain tensors took a third of it away; what is left is mostly what a module of torch costs.
+- **Numbers that are ruled out.** `Divergence` keeps classes finite that a teacher rules out, and `AttentionMaps` from scores keys that are
+  masked in both models: one pass more, over one side or both. By `clamp` and by `masked_fill`, in autograd or in a function of its own,
+  that took more time than by `threshold`.
+- **Exact distances.** `InstanceGraph` and `RKD` take distances from differences (`pdist`); the authors take them from inner products, a
+  matrix product that rounds the distance of close samples away. The gradient is a product of two tables, where that of `pdist` walks over
+  all pairs and takes most of its time.
 
-`DIST` takes correlations from `layer_norm` and `batch_norm`, which have fast gradients; `NST` and `RKD distance` compute the same from
-smaller tables."""
+What is below 1: powers of `Attention` are those of squares, `DIST` takes correlations from `layer_norm` and `batch_norm`, which have fast
+gradients, `NST` and `RKD distance` compute the same from smaller tables, and `AttentionMaps` takes the logarithm of a quotient, which is
+its gradient, too."""
 
 def measure(name, cls, repeats):
     "Times and memory of both arms"

@@ -307,7 +307,7 @@ def answer(self:CachedTeacher,
     return fresh.get('pred'), {name: fresh[f'layer {name}'] for name in layers}
 
 # %% ../nbs/23_cache.ipynb #23c0001b
-def _device(inputs): return next(_tensors(inputs)).device
+def _device(inputs): return _tensors(inputs)[0].device
 
 def _pick(inputs, rows): return apply(lambda o: o[rows] if isinstance(o, Tensor) else o, inputs)
 
@@ -324,7 +324,7 @@ def _merged(field, places, new, fresh, device):
 @patch
 def _keys(self:CachedTeacher, inputs):
     "A key for each sample: whose answer, to what kind of input, to which content"
-    tensors = list(_tensors(inputs))
+    tensors = _tensors(inputs)
     if len({x.shape[:1] for x in tensors}) != 1 or not tensors[0].ndim:
         raise ValueError(f'{self}: inputs of one batch size are needed, to tell samples apart')
     device = tensors[0].device.type
@@ -351,7 +351,7 @@ def _identity(self:CachedTeacher):
 def _ask(self:CachedTeacher, inputs, new, fields, layers, pred):
     "The teacher's answer for some rows of a batch, by field"
     asked = lambda inputs: dict(zip(fields, _in_order(*self.teacher.answer(inputs, layers, pred), layers, pred)))
-    n = len(next(_tensors(inputs)))
+    n = len(_tensors(inputs)[0])
     inputs = inputs if len(new) == n else _pick(inputs, new)
     fresh = asked(inputs)
     for field, value in fresh.items():

@@ -231,7 +231,7 @@ def _numbered(dl):
 @patch
 def _ask(self:KnowledgeDistillationCallback, teacher, xb, pred, fm_s):
     "The teacher's answer for a batch, or for its first samples, given what the student says of them"
-    n = len(next(_tensors(xb)))
+    n = len(_tensors(xb)[0])
     known = dict(index=lambda: self._index()[:n], target=lambda: first_samples(self._target(), n), student_pred=pred.detach,
         fm_s=lambda: {name: value.detach() for name, value in fm_s.items()})
     more = {name: known[name]() for name in teacher.wants}
@@ -240,7 +240,7 @@ def _ask(self:KnowledgeDistillationCallback, teacher, xb, pred, fm_s):
 @patch
 def _index(self:KnowledgeDistillationCallback):
     "Positions of the batch's samples in the dataset, in the order in which fastai's loader drew them; None with other loaders"
-    dl, x = self.learn.dl, next(_tensors(self.learn.xb))
+    dl, x = self.learn.dl, _tensors(self.learn.xb)[0]
     if not _numbered(dl): return None
     if self._n_unlabelled():
         asking = next(o for o in (self._fit.teacher, *self.loss.parts) if 'index' in o.wants)
@@ -541,7 +541,7 @@ def _given(self:KnowledgeDistillationCallback):
     pred, fm_s, fit.activations = self.logits(learn.pred), fit.activations, {}
     teacher_pred, fm_t = self._ask(fit.teacher, learn.xb, pred, fm_s)
     mask, index = self._mask() if 'mask' in fit.wants else None, self._index() if 'index' in fit.wants else None
-    if index is not None: index = index.to(next(_tensors(learn.xb)).device, non_blocking=True)
+    if index is not None: index = index.to(_tensors(learn.xb)[0].device, non_blocking=True)
     return dict(pred=pred, teacher_pred=teacher_pred, fm_s=fm_s, fm_t=fm_t, target=self._target(), mask=mask,
         index=index, axis=fit.axis)
 

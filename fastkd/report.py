@@ -250,7 +250,7 @@ def latencies(
 # %% ../nbs/41_report.ipynb #442ebb79
 def _batch(xb, n):
     "The samples of `xb`, repeated or cut to `n`"
-    bs = len(next(_tensors(xb)))
+    bs = len(_tensors(xb)[0])
     def resized(x):
         if not isinstance(x, Tensor) or not x.ndim or len(x) != bs: return x
         return x.as_subclass(Tensor)[torch.arange(n, device=x.device) % bs]
@@ -272,7 +272,7 @@ def _costs(models, inputs, batch_sizes, n_threads, n_runs):
 
 def _times(models, xbs, bs, n_threads, n_runs):
     "Rows of the table for a batch size and a number of threads"
-    device = next(_tensors(xbs['student'])).device
+    device = _tensors(xbs['student'])[0].device
     where = f'bs {bs}' + (f', CPU threads: {n_threads or torch.get_num_threads()}' if device.type == 'cpu' else f', {device.type}')
     with threads(n_threads), torch.no_grad(), evaluating(*models.values()):
         taken = latencies({name: partial(model, *xbs[name]) for name, model in models.items()}, n_runs, device)

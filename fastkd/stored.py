@@ -39,7 +39,7 @@ class StoredTeacher(Teacher):
         for i, row in zip(positions, rows):
             if row.shape == rows[0].shape: continue
             raise ValueError(f'{self}: they differ in shape, {tuple(rows[0].shape)} for sample {positions[0]}, {tuple(row.shape)} for {i}')
-        return torch.stack(rows).to(next(_tensors(xb)).device, non_blocking=True), {}
+        return torch.stack(rows).to(_tensors(xb)[0].device, non_blocking=True), {}
 
 # %% ../nbs/24_stored.ipynb #24d00008
 @patch

@@ -12,7 +12,7 @@ __all__ = ['INPUTS', 'LARGE', 'CHUNK', 'wanted_inputs', 'loss_name', 'Loss', 'Pr
 # %% ../../nbs/10_losses.core.ipynb #bab39613
 import copy, inspect, math
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from itertools import chain, count
@@ -97,11 +97,13 @@ class Loss(nn.Module):
         "Override to raise a ValueError where the loss cannot work with such samples"
 
     def __call__(self, *args, **kwargs):
-        most = LARGE if hasattr(type(self).forward, 'casts_chunks') else math.inf
-        args, kwargs = _full_precision(args, most), _full_precision(kwargs, most)
-        device = _device_type([*args, *kwargs.values()])
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            return super().__call__(*args, **kwargs)
+        tensors = _tensors((args, kwargs))
+        if not all(type(o) is Tensor and o.dtype not in _HALF for o in tensors): # seldom
+            most = LARGE if hasattr(type(self).forward, 'casts_chunks') else math.inf
+            args, kwargs = _full_precision(args, most), _full_precision(kwargs, most)
+        device = tensors[0].device.type if tensors else 'cpu'
+        if not torch.is_autocast_enabled(device): return super().__call__(*args, **kwargs)
+        with torch.autocast(device, enabled=False): return super().__call__(*args, **kwargs)
 
     def __repr__(self):
         "Settings that are numbers, and those that are not the default"
@@ -114,17 +116,13 @@ class Loss(nn.Module):
 # %% ../../nbs/10_losses.core.ipynb #5129ccc2
 def _tensors(inputs):
     "All tensors in nested tuples, lists and dicts"
-    if isinstance(inputs, Tensor): yield inputs
-    elif isinstance(inputs, (tuple, list)):
-        for item in inputs: yield from _tensors(item)
-    elif isinstance(inputs, (dict, Mapping)):
-        for item in inputs.values(): yield from _tensors(item)
-
-def _device_type(inputs): return next((tensor.device.type for tensor in _tensors(inputs)), 'cpu')
+    if isinstance(inputs, Tensor): return [inputs]
+    if isinstance(inputs, (dict, Mapping)): inputs = inputs.values()
+    elif not isinstance(inputs, (tuple, list)): return []
+    return [tensor for item in inputs for tensor in _tensors(item)]
 
 def _full_precision(inputs, most=math.inf):
     "Plain tensors, and those of half precision and at most `most` elements as float32, wherever they stand"
-    if type(inputs) is Tensor and inputs.dtype not in _HALF: return inputs # most often
     if isinstance(inputs, Tensor):
         full = inputs.float() if inputs.dtype in _HALF and inputs.numel() <= most else inputs
         return full if type(full) is Tensor else full.as_subclass(Tensor)
@@ -162,7 +160,7 @@ def build(self:Loss, probe, stream=0):
             except ValueError as e:
                 shapes_s, shapes_t = ({name: tuple(o.shape) for name, o in fm.items()} for fm in (probe.fm_s, probe.fm_t))
                 raise ValueError(f'{self}, for student layers {shapes_s} and teacher layers {shapes_t}: {e}') from e
-        if self.learned is not None: self.learned.to(next(_tensors(_full_precision(vars(probe)))))
+        if self.learned is not None: self.learned.to(_tensors(_full_precision(vars(probe)))[0])
     self.check(probe)
     return self
 

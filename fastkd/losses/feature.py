@@ -39,10 +39,11 @@ def attention_map(
     p:float=2, # Power; a larger one looks at the strongest positions only
 ): # `(bs, n_positions)`, each row of length 1; a map of zeros stays zero
     "Where an activation is large"
-    if p == 2: return unit(activation.square().mean(1).flatten(1))
-    size, peak = activation.abs(), activation.detach().abs().flatten(1).amax(1)
-    size = size/torch.where(peak > 0, peak, 1.).reshape(-1, *[1]*(size.ndim - 1)) # a high power of a small number is nothing
-    return unit(size.pow(p).mean(1).flatten(1))
+    size, power = (activation.square(), p/2) if p >= 2 else (activation.abs(), p) # powers of squares take half the time
+    if power != 1: # a high power of a small number is nothing
+        peak = size.detach().flatten(1).amax(1)
+        size = size.div_(torch.where(peak > 0, peak, 1.).reshape(-1, *[1]*(size.ndim - 1))).pow(power)
+    return unit(size.mean(1).flatten(1))
 
 class Attention(FeatureLoss):
     "Squared difference of attention maps (Zagoruyko and Komodakis 2017, eq. 2, as in the authors' code)"

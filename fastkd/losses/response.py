@@ -52,7 +52,8 @@ def finite(
     logits, # Logits or log-probabilities of any shape; -inf is a class that is ruled out
 ):
     "The same without -inf: probability 0 times a logarithm of 0 would not be a number"
-    return logits.clamp(min=torch.finfo(logits.dtype).min/2)
+    lowest = torch.finfo(logits.dtype).min/2
+    return F.threshold(logits, lowest, lowest) # its gradient takes half the time of that of `clamp`
 
 def kl_of_logs(
     log_s, # Logarithms of probabilities `(N, n_classes)`
@@ -209,7 +210,7 @@ class Divergence(ResponseLoss):
         if name == 'kind' and value not in self.kinds: raise ValueError(f'Divergence: kind is one of {self.kinds}, not {value!r}')
 
     def rows(self, student, teacher):
-        if self.kind == 'tv': return (probs(teacher, self.T) - probs(student, self.T)).abs().sum(1)/2
+        if self.kind == 'tv': return (probs(student, self.T) - probs(teacher, self.T)).abs().sum(1)/2
         log_s, log_t = log_probs(student, self.T), finite(log_probs(teacher, self.T))
         if self.kind == 'forward': return kl_of_logs(log_s, log_t)
         if self.kind == 'reverse': return kl_of_logs(log_t, log_s)

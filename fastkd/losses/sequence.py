@@ -12,6 +12,7 @@ from fastcore.basics import store_attr
 from .core import AdaptedLoss, PairLoss, counted_mean, fit_mask
 from .response import finite
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 # %% ../../nbs/14_losses.sequence.ipynb #3f372617
 class TokenLoss(PairLoss):
@@ -100,6 +101,23 @@ class HiddenStates(MappedLoss, Embeddings):
         store_attr()
 
 # %% ../../nbs/14_losses.sequence.ipynb #5c54e05b
+class _DivergenceOfMaps(torch.autograd.Function):
+    "Σ t·log(t/s): one logarithm, whose argument is the gradient. Zeros are lifted to the least number, and have no gradient"
+    @staticmethod
+    def forward(ctx, student, teacher):
+        ctx.tiny = torch.finfo(student.dtype).tiny
+        s, t = (F.threshold(maps, ctx.tiny, ctx.tiny) for maps in (student, teacher))
+        ctx.save_for_backward(student, teacher, ratio := t.div_(s))
+        return ratio.log().mul_(teacher).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        student, teacher, ratio = ctx.saved_tensors
+        where_lifted_0 = lambda values, maps: torch.ops.aten.threshold_backward(values, maps, ctx.tiny)
+        of_teacher = where_lifted_0(ratio.log() + 1, teacher).mul_(grad) if ctx.needs_input_grad[1] else None
+        return where_lifted_0(ratio, student).mul_(-grad), of_teacher
+
 class AttentionMaps(MappedLoss):
     "KL divergence between attention maps, mean over heads and queries (Wang et al. 2020, section 3.1)"
     layout, place = ('bs', 'heads', 'query', 'key'), 2
@@ -111,13 +129,10 @@ class AttentionMaps(MappedLoss):
         if input not in ('probabilities', 'scores'): raise ValueError(f"input is 'probabilities' or 'scores', not {input!r}")
         store_attr()
 
-    def log_maps(self, maps, average):
+    def log_maps(self, scores, average):
         "Log-probabilities, of all heads or of their mean"
-        if self.input == 'probabilities':
-            tiny = torch.finfo(maps.dtype).tiny
-            return F.threshold(maps.mean(1, keepdim=True) if average else maps, tiny, tiny).log()
-        log_maps = finite(maps).log_softmax(-1) # both models may have masked the same keys
-        return log_maps.logsumexp(1, keepdim=True) - math.log(maps.shape[1]) if average else log_maps
+        log_maps = finite(scores).log_softmax(-1) # both models may have masked the same keys
+        return log_maps.logsumexp(1, keepdim=True) - math.log(scores.shape[1]) if average else log_maps
 
     def check(self, probe):
         super().check(probe)
@@ -133,8 +148,8 @@ class AttentionMaps(MappedLoss):
         if self.input == 'scores':
             log_s, log_t = (self.log_maps(o, average) for o in (student, teacher))
             return F.kl_div(log_s, log_t, reduction='sum', log_target=True)/log_t[..., 0].numel()
-        ratio = self.log_maps(teacher, average).sub_(self.log_maps(student, average))
-        return ((teacher.mean(1, keepdim=True) if average else teacher)*ratio).sum()/ratio[..., 0].numel()
+        if average: student, teacher = (o.mean(1, keepdim=True) for o in (student, teacher))
+        return _DivergenceOfMaps.apply(student, teacher)/teacher[..., 0].numel()
 
 # %% ../../nbs/14_losses.sequence.ipynb #467c0714
 class CosineHidden(TokenLoss):
