@@ -24,7 +24,7 @@ class Mutant(NamedTuple):
 
 CB, LEARNED, TEACHERS, LEARNERS, MODULES = (f'{o}.py' for o in ('callback', 'learned', 'teachers', 'learners', 'modules'))
 SAVED, MEMORY, MUTUAL, ITSELF, UNLABELLED = (f'{o}.py' for o in ('checkpoints', 'cache', 'mutual', 'itself', 'unlabelled'))
-CORE, RESPONSE, FEATURE, RELATION = (f'losses/{o}.py' for o in ('core', 'response', 'feature', 'relation'))
+CORE, RESPONSE, FEATURE, RELATION, SEQUENCE = (f'losses/{o}.py' for o in ('core', 'response', 'feature', 'relation', 'sequence'))
 FORMULA = 'test_zoo.py::test_value_and_every_gradient'
 
 TEACHER = [
@@ -278,21 +278,24 @@ LOSSES = [
         'test_losses_response.py::test_the_target_is_no_other'),
     Mutant('DIST without its columns', RESPONSE, ' + self.gamma*decorrelation(log_s, log_t, 0, mask)', '',
         f'{FORMULA}[DIST(beta=1.0, gamma=1.0, T=1.0)-0]'),
-    Mutant('Attention without normalisation', FEATURE, 'return unit(activation.square().mean(1).flatten(1))',
-        'return activation.square().mean(1).flatten(1)', 'test_losses.py::test_attention'),
+    Mutant('Attention without normalisation', FEATURE, 'return unit(size.mean(1).flatten(1))',
+        'return size.mean(1).flatten(1)', 'test_losses.py::test_attention'),
     Mutant('FitNet adds instead of averaging', FEATURE, 'unit(student), unit(teacher)\n        return F.mse_loss(student, teacher)',
         "unit(student), unit(teacher)\n        return F.mse_loss(student, teacher, reduction='sum')",
         'test_losses.py::test_fitnet'),
     Mutant('maps are not pooled to the smaller', CORE, 'size = [min(sizes) for', 'size = [max(sizes) for', 'test_losses.py::test_fitnet'),
     Mutant('channels-last maps taken as they are', CORE, 'if square and activation.ndim == 4 and', 'if False and',
         'test_losses.py::test_pictures_that_are_not_square'),
-    Mutant('PKT without eps', RELATION, '((p_t + self.eps)/(p_s + self.eps))', '(p_t/p_s)', 'test_losses.py::test_pkt'),
-    Mutant('PKT at kernel −1 to 1', RELATION, '(directions @ directions.T + 1)', '(directions @ directions.T)',
+    Mutant('PKT without eps', RELATION, '((p_t + self.eps).log() - (p_s + self.eps).log())', '(p_t.log() - p_s.log())', 'test_losses.py::test_pkt'),
+    Mutant('PKT at kernel −1 to 1', RELATION, 'cosines(rows).add_(1)', 'cosines(rows)',
         'test_losses.py::test_pkt'),
+    Mutant('Distances pull one of each pair only', RELATION, 'pull + pull.T,', 'pull,', f'{FORMULA}[InstanceGraph(edges=3, vertices=0)-0]'),
+    Mutant('Attention maps have a gradient at 0', SEQUENCE, 'where_lifted_0(ratio, student)', 'ratio',
+        'test_zoo.py::test_flat_inputs'),
     Mutant('RKD without its scale', RELATION, 'return rescaled(d, d.sum()/(d > 0).sum().clamp(min=1))', 'return d',
         f'{FORMULA}[RKD(distance=25.0, angle=50.0)-0]'),
-    Mutant('autocast on inside a loss', CORE, 'with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else',
-        'with', 'test_losses.py::test_half_precision'),
+    Mutant('autocast on inside a loss', CORE, 'if not torch.is_autocast_enabled(device): return', 'return',
+        'test_losses.py::test_half_precision'),
     Mutant('half precision stays half', CORE,
         'full = inputs.float() if inputs.dtype in _HALF and inputs.numel() <= most else inputs', 'full = inputs',
         'test_losses.py::test_half_precision'),

@@ -34,8 +34,10 @@ class Similarity(RelationLoss):
     def pair(self, student, teacher): return (unit(student @ student.T) - unit(teacher @ teacher.T)).square().mean()
 
 # %% ../../nbs/13_losses.relation.ipynb #4aaabf15
-def cosines(rows):
-    "Cosines between all rows of `(bs, D)`: `(bs, bs)`"
+def cosines(
+    rows, # Features `(bs, D)`
+): # `(bs, bs)`; a row of zeros has none with any other, nor with itself
+    "Cosines between all samples"
     directions = unit(rows)
     return directions @ directions.T
 
