@@ -3,8 +3,7 @@ import gc, os
 for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ.setdefault(name, '1')
 os.environ.setdefault('MPLBACKEND', 'agg')
 
-import pytest, torch
-from fastai.torch_core import default_device, set_seed
+import pytest
 from hypothesis import settings
 
 # the same examples everywhere, and no limit of time: a busy machine is not a failure
@@ -19,6 +18,9 @@ def pytest_collection_finish():
 @pytest.fixture(autouse=True)
 def same_start():
     "Numbers in tests are those of a CPU, and do not depend on the tests that ran before"
+    import torch # here, since the process that hands tests out needs none of this
+    from fastai.torch_core import default_device
+    from helpers import set_seed
     torch.set_num_threads(1)
     default_device(False)
     set_seed(42)

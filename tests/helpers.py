@@ -1,20 +1,38 @@
 "Small learners, callbacks that interfere, and a hand-written callback to compare with."
-import pytest, random, sys, torch, torch.nn.functional as F
+import numpy as np, os, pytest, random, runpy, sys, torch, torch.nn.functional as F
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
-from fastai.basics import Callback, Categorize, CrossEntropyLossFlat, DataLoaders, Datasets, Learner, Normalize, set_seed
+from fastai.basics import Callback, Categorize, CrossEntropyLossFlat, DataLoaders, Datasets, Learner, Normalize
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.mixup import CutMix
 from fastai.learner import AvgLoss, AvgSmoothLoss
 from fastai.metrics import accuracy
 from fastai.torch_core import TensorImage
 from functools import cache
+from multiprocessing import get_context, set_start_method
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+def set_seed(seed):
+    "fastai's, for a CPU: torch's formats a stack for each kind of device that is missing, a millisecond each time"
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+
 def slow(*args): return pytest.param(*args, marks=pytest.mark.slow)
+
+# processes that start with most of what tests import
+FORKS = get_context('forkserver')
+FORKS.set_forkserver_preload(['nbdev.test', 'fastai.vision.all', 'matplotlib.pyplot', 'fastkd.all'])
+
+def run_script(path, args, env):
+    "What `python path *args` does, in this process"
+    os.environ.update(env)
+    set_start_method(None, force=True) # a loader's processes start as they do elsewhere, not as this one did
+    sys.argv = [path, *map(str, args)]
+    runpy.run_path(path, run_name='__main__')
 
 # one line that a user writes; notebook 49 makes a table of these lines and of the first lines of their tests' docstrings
 def shows(line): return lambda test: test

@@ -1,11 +1,12 @@
-"""Two processes on one machine, as `torchrun` and `accelerate launch` start them.
+"""Two processes on one machine, forked here; in the slow tier as `torchrun` and `accelerate launch` start them.
 
 They talk by gloo, on a CPU: nothing here has run on a GPU."""
-import os, pytest, ranks, re, shlex, subprocess, sys, torch
+import os, pytest, ranks, re, shlex, socket, subprocess, sys, torch
+from concurrent.futures import ProcessPoolExecutor
 from fastai.basics import SGD
 from fastkd.all import *
 from functools import partial
-from helpers import At, fitted, furthest, learner, n_hooks, same, shows, trained_teacher, weights
+from helpers import FORKS, At, fitted, furthest, learner, n_hooks, run_script, same, shows, trained_teacher, weights
 from torch import nn
 
 EXAMPLE = ranks.ROOT/'examples'/'distributed.py'
@@ -23,14 +24,25 @@ def launched(launcher, folder, *names, **kwargs):
     "The runs of those names, all by default, in two processes"
     return started(['-m', *LAUNCHERS[launcher], ranks.__file__, folder, *names], folder, **kwargs)
 
-@pytest.fixture(scope='session', params=['torchrun', pytest.param('accelerate', marks=pytest.mark.slow)])
+def forked(folder, *names):
+    "The same without a launcher, in processes that have everything imported"
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        env = dict(MASTER_ADDR='localhost', MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2')
+    with ProcessPoolExecutor(2, mp_context=FORKS) as pool:
+        of_rank = [env | dict(RANK=rank, LOCAL_RANK=rank) for rank in '01']
+        for run in [pool.submit(run_script, ranks.__file__, [folder, *names], env) for env in of_rank]: run.result(timeout=300)
+
+@pytest.fixture(scope='session', params=['forked', *(pytest.param(name, marks=pytest.mark.slow) for name in LAUNCHERS)])
 def both(request, tmp_path_factory):
     "`both(run)` is what each of the two processes found in a run; all runs are made at one launch"
     return found_by_both(request.param, tmp_path_factory.mktemp(request.param))
 
 def found_by_both(launcher, folder, *names):
-    done = launched(launcher, folder, *names)
-    assert done.returncode == 0, done.stderr[-3000:]
+    if launcher == 'forked': forked(folder, *names)
+    else:
+        done = launched(launcher, folder, *names)
+        assert done.returncode == 0, done.stderr[-3000:]
     return lambda name: [torch.load(folder/f'{name}.{rank}', weights_only=False) for rank in range(2)]
 
 def assert_equal(first, second):

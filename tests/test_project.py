@@ -3,7 +3,7 @@ import json, os, pytest, re, shutil, subprocess, sys, torch
 from concurrent.futures import ProcessPoolExecutor
 from configparser import ConfigParser
 from importlib.metadata import entry_points, metadata
-from multiprocessing import get_context
+from helpers import FORKS
 from nbdev.clean import nbdev_clean
 from nbdev.config import get_config, nbpath2html
 from nbdev.doclinks import nbglob
@@ -29,9 +29,6 @@ def python(code, **kwargs): return run(sys.executable, '-W', 'ignore', '-c', cod
 
 # ---- Notebooks
 
-FORKS = get_context('forkserver')
-FORKS.set_forkserver_preload(['nbdev.test', 'fastai.vision.all', 'matplotlib.pyplot', 'fastkd.all']) # what most of them import
-
 def passes(path, skip):
     "Run a notebook in a process of its own: what it patches, seeds and leaves open ends with it"
     with ProcessPoolExecutor(1, mp_context=FORKS) as pool:
@@ -39,11 +36,14 @@ def passes(path, skip):
 
 def flags(path): return {name for cell in nb_test_cells(path) for name in cell.directives_} & {*FLAGS}
 
-@each(NBS)
+# several lessons that train, one after the other
+LONG = ['61_guide.dark_knowledge', '62_guide.troubleshooting', '65_guide.schemes', '66_guide.report']
+
+@each([path for path in NBS if path.stem not in LONG])
 def test_notebook(path): assert passes(path, FLAGS), 'a cell fails'
 
 @pytest.mark.slow
-@each([path for path in NBS if flags(path)])
+@each([path for path in NBS if flags(path) or path.stem in LONG])
 def test_whole_notebook(path): assert passes(path, [] if torch.cuda.is_available() else ['cuda']), 'a cell fails'
 
 @each(NBS)

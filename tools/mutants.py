@@ -201,13 +201,13 @@ CHECKPOINTS = [
 
 PROCESSES = [ # each of these starts two processes
     Mutant('columns not averaged', LEARNED, 'if _distributed(): dist.all_reduce(values.div_', 'if False: dist.all_reduce(values.div_',
-        'test_loop_ranks.py::test_columns[torchrun]'),
+        'test_loop_ranks.py::test_columns[forked]'),
     Mutant('processes train adapters of their own', LEARNED, '    if _distributed():\n        for p in self.params:',
-        '    if False:\n        for p in self.params:', 'test_loop_ranks.py::test_adapters_and_schedules[torchrun]'),
+        '    if False:\n        for p in self.params:', 'test_loop_ranks.py::test_adapters_and_schedules[forked]'),
     Mutant('processes start with adapters of their own', LEARNED, 'if not _distributed(): return\n    for tensor in (*loss.parameters()',
-        'return\n    for tensor in (*loss.parameters()', 'test_loop_ranks.py::test_adapters_and_schedules[torchrun]'),
+        'return\n    for tensor in (*loss.parameters()', 'test_loop_ranks.py::test_adapters_and_schedules[forked]'),
     Mutant("means of adapters' batch norms differ between processes", LEARNED, 'if not _distributed(): return\n    for norm in',
-        'return\n    for norm in', 'test_loop_ranks.py::test_statistics_of_adapters[torchrun]')]
+        'return\n    for norm in', 'test_loop_ranks.py::test_statistics_of_adapters[forked]')]
 
 ADAPTERS = [
     Mutant('adapters not trained', CB, 'self._learned.step(self.learn)', 'pass', 'test_resume.py::test_adapter_alone_learns'),
@@ -286,7 +286,8 @@ LOSSES = [
     Mutant('maps are not pooled to the smaller', CORE, 'size = [min(sizes) for', 'size = [max(sizes) for', 'test_losses.py::test_fitnet'),
     Mutant('channels-last maps taken as they are', CORE, 'if square and activation.ndim == 4 and', 'if False and',
         'test_losses.py::test_pictures_that_are_not_square'),
-    Mutant('PKT without eps', RELATION, '((p_t + self.eps).log() - (p_s + self.eps).log())', '(p_t.log() - p_s.log())', 'test_losses.py::test_pkt'),
+    Mutant('PKT without eps', RELATION, '((p_t + self.eps).log() - (p_s + self.eps).log())', '(p_t.log() - p_s.log())',
+        'test_losses.py::test_pkt'),
     Mutant('PKT at kernel −1 to 1', RELATION, 'cosines(rows).add_(1)', 'cosines(rows)',
         'test_losses.py::test_pkt'),
     Mutant('Distances pull one of each pair only', RELATION, 'pull + pull.T,', 'pull,', f'{FORMULA}[InstanceGraph(edges=3, vertices=0)-0]'),
