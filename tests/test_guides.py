@@ -40,4 +40,4 @@ def test_benchmarks_are_fresh(monkeypatch):
         if 'table(' not in source or not cell['outputs']: continue
         assert ''.join(cell['outputs'][0]['data']['text/markdown']) == eval(source.splitlines()[-1], found).data, source
         shown += 1
-    assert shown == 10
+    assert shown == 11
