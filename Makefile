@@ -11,7 +11,7 @@ PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 help:
 	@echo 'make demo       train a student without and with a teacher, and compare them'
-	@echo 'make test       the quick tests: every notebook, and tests/'
+	@echo 'make test       the quick tests: notebooks, but for what trains long, and tests/'
 	@echo 'make test-slow  all tests, the slow ones too'
 	@echo 'make mutants    plant defects, one at a time, and see that the tests notice each'
 	@echo 'make export     notebooks to fastkd/, cleaned, and README.md from its notebook'

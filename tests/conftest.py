@@ -20,7 +20,7 @@ def same_start():
     "Numbers in tests are those of a CPU, and do not depend on the tests that ran before"
     import torch # here, since the process that hands tests out needs none of this
     from fastai.torch_core import default_device
-    from helpers import set_seed
+    from helpers import seed_cpu
     torch.set_num_threads(1)
     default_device(False)
-    set_seed(42)
+    seed_cpu(42)

@@ -1,5 +1,5 @@
 "Small learners, callbacks that interfere, and a hand-written callback to compare with."
-import numpy as np, os, pytest, random, runpy, sys, torch, torch.nn.functional as F
+import numpy as np, os, pytest, random, runpy, sys, torch, torch.nn.functional as F, traceback
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from fastai.basics import Callback, Categorize, CrossEntropyLossFlat, DataLoaders, Datasets, Learner, Normalize
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-def set_seed(seed):
-    "fastai's, for a CPU: torch's formats a stack for each kind of device that is missing, a millisecond each time"
+def seed_cpu(seed):
+    "fastai's `set_seed` for a CPU: torch's formats a stack for each kind of device that is missing, a millisecond each time"
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
@@ -28,11 +28,14 @@ FORKS = get_context('forkserver')
 FORKS.set_forkserver_preload(['nbdev.test', 'fastai.vision.all', 'matplotlib.pyplot', 'fastkd.all'])
 
 def run_script(path, args, env):
-    "What `python path *args` does, in this process"
+    "What `python path *args` does, in this process; an error is left in a file of the folder"
     os.environ.update(env)
     set_start_method(None, force=True) # a loader's processes start as they do elsewhere, not as this one did
     sys.argv = [path, *map(str, args)]
-    runpy.run_path(path, run_name='__main__')
+    try: runpy.run_path(path, run_name='__main__')
+    except Exception:
+        (args[0]/f'{os.getpid()}.error').write_text(traceback.format_exc())
+        raise
 
 # one line that a user writes; notebook 49 makes a table of these lines and of the first lines of their tests' docstrings
 def shows(line): return lambda test: test
@@ -54,7 +57,7 @@ def convnet(width, p=0., n_out=10):
 
 def seeded(make, *args, seed=0, **kwargs):
     "A model whose weights depend on `seed` only"
-    set_seed(seed)
+    seed_cpu(seed)
     return make(*args, **kwargs)
 
 def quiet(learn):
@@ -89,7 +92,7 @@ def error_of(exc, learn, cb, n_batches=0):
 
 @cache
 def trained_state():
-    set_seed(1)
+    seed_cpu(1)
     learn = learner(convnet(16), n=400, bs=50)
     learn.fit_one_cycle(8, 2e-2)
     return learn.model.state_dict()
@@ -102,7 +105,7 @@ def trained_teacher():
 
 def started(learn, seed=1):
     "`learn`, about to be trained from a known random state"
-    set_seed(seed)
+    seed_cpu(seed)
     learn.dls.train.rng = random.Random(seed) # loaders shuffle by a state of their own
     return learn
 

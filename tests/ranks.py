@@ -10,7 +10,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.metrics import accuracy
 from fastkd.all import *
 from functools import partial
-from helpers import At, convnet, digits, loaders, n_hooks, quiet, same, seeded, set_seed, weights
+from helpers import At, convnet, digits, loaders, n_hooks, quiet, same, seeded, seed_cpu, weights
 from pathlib import Path
 from torch import nn
 from unittest.mock import patch
@@ -44,7 +44,7 @@ def run(kd, *cbs, **kwargs):
     learn, teacher, seen = learner(**kwargs), weights(kd.teacher), []
     note = At('after_step', lambda learn: seen.append((type(learn.model).__name__, type(kd._fit.teacher.module).__name__,
         {name: p.detach().clone() for name, p in kd.loss.named_parameters()})), order=99, nth=0) # before what an epoch's end may repair
-    set_seed(RANK)
+    seed_cpu(RANK)
     with learn.distrib_ctx(cpu=True, sync_bn=False): learn.fit(2, .05, cbs=[kd, note, *cbs])
     assert len(seen) > 0 and n_hooks(learn.model) == n_hooks(kd.teacher) == 0
     told = dict(table=[list(row) for row in learn.recorder.values], recorded=learn.recorder.distillation)
@@ -103,7 +103,7 @@ def scheme(kd, *cbs, make=student, **kwargs):
     "A scheme of who teaches whom, each process from a random state of its own"
     learn, seen = learner(make=make, **kwargs), []
     note = At('after_step', lambda learn: seen.append(weights(learn.model)), order=99, nth=0)
-    set_seed(RANK)
+    seed_cpu(RANK)
     with learn.distrib_ctx(cpu=True, sync_bn=False): learn.fit(2, .05, cbs=[kd, note, *cbs])
     return dict(student=weights(learn.model), table=[list(row) for row in learn.recorder.values], steps=seen)
 

@@ -2,10 +2,10 @@
 
 They talk by gloo, on a CPU: nothing here has run on a GPU."""
 import os, pytest, ranks, re, shlex, socket, subprocess, sys, torch
-from concurrent.futures import ProcessPoolExecutor
 from fastai.basics import SGD
 from fastkd.all import *
 from functools import partial
+from multiprocessing.connection import wait
 from helpers import FORKS, At, fitted, furthest, learner, n_hooks, run_script, same, shows, trained_teacher, weights
 from torch import nn
 
@@ -29,9 +29,15 @@ def forked(folder, *names):
     with socket.socket() as free:
         free.bind(('localhost', 0))
         env = dict(MASTER_ADDR='localhost', MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2')
-    with ProcessPoolExecutor(2, mp_context=FORKS) as pool:
-        of_rank = [env | dict(RANK=rank, LOCAL_RANK=rank) for rank in '01']
-        for run in [pool.submit(run_script, ranks.__file__, [folder, *names], env) for env in of_rank]: run.result(timeout=300)
+    of_rank = [env | dict(RANK=rank, LOCAL_RANK=rank) for rank in '01']
+    runs = [FORKS.Process(target=run_script, args=(ranks.__file__, [folder, *names], env)) for env in of_rank]
+    for run in runs: run.start()
+    try:
+        while waiting := [run.sentinel for run in runs if run.exitcode is None]:
+            assert wait(waiting, timeout=300), 'nothing ended in 300 seconds'
+            assert not any(run.exitcode for run in runs), '\n'.join(file.read_text() for file in folder.glob('*.error'))
+    finally: # where one has ended with an error the other waits for it
+        for run in runs: run.kill()
 
 @pytest.fixture(scope='session', params=['forked', *(pytest.param(name, marks=pytest.mark.slow) for name in LAUNCHERS)])
 def both(request, tmp_path_factory):
@@ -215,6 +221,10 @@ def test_lines_of_the_example(tmp_path):
         done = started([*modules[command], *words], folder)
         assert done.returncode == 0, done.stderr[-3000:]
         assert sorted(str(p.relative_to(folder)) for p in folder.rglob('*.pth')) == ['adapters.pth', 'models/student.pth']
+
+def test_an_error_is_reported(tmp_path):
+    "Also where the other process waits"
+    with pytest.raises(AssertionError, match="the teacher's answer is not"): forked(tmp_path, 'cut_short')
 
 @pytest.mark.slow
 @pytest.mark.parametrize('launcher', ['torchrun', 'accelerate'])

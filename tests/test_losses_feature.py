@@ -212,3 +212,11 @@ def test_attention_has_no_scale(p):
     f_s, f_t = (torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(2))
     expected = Attention(p)(f_s, f_t)
     for scale in (1e-4, 1e4): torch.testing.assert_close(Attention(p)(scale*f_s, f_t), expected)
+
+@pytest.mark.parametrize('p', [2, 2.5, 3, 4])
+def test_second_derivatives_of_attention(p):
+    "Also where a map is zero, as most of it is after a ReLU"
+    f_s, f_t = draw((2, 3, 4, 4)).relu().requires_grad_(), draw((2, 3, 4, 4), 1)
+    grad, = torch.autograd.grad(Attention(p)(f_s, f_t), f_s, create_graph=True)
+    second, = torch.autograd.grad(grad.square().sum(), f_s)
+    assert second.isfinite().all() and second.any()

@@ -25,6 +25,11 @@ def padded(activation, value):
     words = WORDS[:, None, :, None] if activation.ndim == 4 else WORDS[..., None]
     return activation.masked_fill(~words, value)
 
+def test_second_derivatives_of_attention_maps():
+    "Of both sides"
+    maps = [o.requires_grad_() for o in pair_for(AttentionMaps())]
+    assert torch.autograd.gradgradcheck(AttentionMaps(), maps)
+
 # ---- Padding
 
 @each

@@ -38,6 +38,7 @@ def flags(path): return {name for cell in nb_test_cells(path) for name in cell.d
 
 # several lessons that train, one after the other
 LONG = ['61_guide.dark_knowledge', '62_guide.troubleshooting', '65_guide.schemes', '66_guide.report']
+assert {*LONG} <= {path.stem for path in NBS}
 
 @each([path for path in NBS if path.stem not in LONG])
 def test_notebook(path): assert passes(path, FLAGS), 'a cell fails'

@@ -290,7 +290,7 @@ LOSSES = [
         'test_losses.py::test_pkt'),
     Mutant('PKT at kernel −1 to 1', RELATION, 'cosines(rows).add_(1)', 'cosines(rows)',
         'test_losses.py::test_pkt'),
-    Mutant('Distances pull one of each pair only', RELATION, 'pull + pull.T,', 'pull,', f'{FORMULA}[InstanceGraph(edges=3, vertices=0)-0]'),
+    Mutant('Distances pull one of each pair only', RELATION, 'pull = pull + pull.T', 'pass', f'{FORMULA}[InstanceGraph(edges=3, vertices=0)-0]'),
     Mutant('Attention maps have a gradient at 0', SEQUENCE, 'where_lifted_0(ratio, student)', 'ratio',
         'test_zoo.py::test_flat_inputs'),
     Mutant('RKD without its scale', RELATION, 'return rescaled(d, d.sum()/(d > 0).sum().clamp(min=1))', 'return d',

@@ -39,7 +39,7 @@ def attention_map(
     p:float=2, # Power; a larger one looks at the strongest positions only
 ): # `(bs, n_positions)`, each row of length 1; a map of zeros stays zero
     "Where an activation is large"
-    size, power = (activation.square(), p/2) if p >= 2 else (activation.abs(), p) # powers of squares take half the time
+    size, power = (activation.square(), p/2) if p == 2 or p >= 4 else (activation.abs(), p) # of a square, a high power takes half the time
     if power != 1: # a high power of a small number is nothing
         peak = size.detach().flatten(1).amax(1)
         size = size.div_(torch.where(peak > 0, peak, 1.).reshape(-1, *[1]*(size.ndim - 1))).pow(power)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['rescaled', 'at_scale', 'Similarity', 'cosines', 'similarity_shares', 'PKT', 'pairwise_distances', 'triplet_angles',
-           'RKD', 'CorrelationCongruence', 'Gram', 'CosineSimilarity', 'pooled', 'Contrastive', 'gather_rows',
-           'TeacherQueue', 'SampleBanks', 'CRD', 'InstanceGraph']
+           'RKD', 'difference_of_pairs', 'CorrelationCongruence', 'Gram', 'CosineSimilarity', 'pooled', 'Contrastive',
+           'gather_rows', 'TeacherQueue', 'SampleBanks', 'CRD', 'InstanceGraph']
 
 # %% ../../nbs/13_losses.relation.ipynb #dba5c28f
 import math
@@ -31,7 +31,9 @@ def at_scale(scale):
 class Similarity(RelationLoss):
     "Squared difference of inner products, each row of length 1 (Tung and Mori 2019)"
     usual_weight = 3000
-    def pair(self, student, teacher): return (unit(student @ student.T) - unit(teacher @ teacher.T)).square().mean()
+    def table(self, rows): return unit(rows @ rows.T, eps=1e-24) # products are as small as squares
+
+    def pair(self, student, teacher): return (self.table(student) - self.table(teacher)).square().mean()
 
 # %% ../../nbs/13_losses.relation.ipynb #4aaabf15
 def cosines(
@@ -63,20 +65,21 @@ class PKT(RelationLoss):
 
 # %% ../../nbs/13_losses.relation.ipynb #d13a532e
 class _Distances(torch.autograd.Function):
-    "`pdist`, with a gradient that takes a product of two tables instead of a walk over all pairs"
+    "`pdist`, with a gradient that takes a product of two tables, in double precision, instead of a walk over all pairs"
     @staticmethod
-    def forward(ctx, rows):
-        distances = F.pdist(rows)
-        ctx.save_for_backward(rows, distances)
-        return distances
+    def forward(rows): return F.pdist(rows)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs, output)
 
     @staticmethod
     def backward(ctx, grad):
         rows, distances = ctx.saved_tensors
-        pull = rows.new_zeros(len(rows), len(rows))
-        pull.masked_scatter_(torch.ones_like(pull, dtype=torch.bool).triu_(1), grad/at_scale(distances))
-        pull, centred = pull + pull.T, rows - rows.mean(0)
-        with torch.autocast(rows.device.type, enabled=False): return (pull.sum(1, keepdim=True)*centred).addmm_(pull, centred, alpha=-1)
+        pull = rows.new_zeros(len(rows), len(rows), dtype=torch.float64) # where samples are close, digits cancel
+        pull.masked_scatter_(torch.ones_like(pull, dtype=torch.bool).triu_(1), grad.double()/at_scale(distances.double()))
+        pull = pull + pull.T
+        def moved(part): return (pull.sum(1, keepdim=True)*part).addmm_(pull, part, alpha=-1).to(rows.dtype)
+        return torch.cat([moved(part.double()) for part in rows.chunk(4, dim=1)], 1) # for the sake of memory
 
 def pairwise_distances(
     rows, # Features `(bs, D)`
@@ -116,6 +119,13 @@ class RKD(RelationLoss):
         return value + self.angle*F.smooth_l1_loss(triplet_angles(student), triplet_angles(teacher)) if self.angle else value
 
 # %% ../../nbs/13_losses.relation.ipynb #d13a54ea
+def difference_of_pairs(
+    student, # A table `(bs, bs)` with the same diagonal in all models; it loses it
+    teacher, # The teacher's, which loses it, too
+): # A scalar, the mean over all `bs*bs` entries
+    "Mean squared difference of two tables of similarity"
+    return F.mse_loss(student.fill_diagonal_(0), teacher.fill_diagonal_(0))
+
 class CorrelationCongruence(RelationLoss):
     "Squared difference of a Gaussian kernel's Taylor series between samples (Peng et al. 2019)"
     positive, at_least, whole = ('gamma',), dict(P=1), ('P',)
@@ -131,19 +141,19 @@ class CorrelationCongruence(RelationLoss):
         cosine, factors = cosines(rows), [math.exp(-2*self.gamma)*(2*self.gamma)**p/math.factorial(p) for p in range(int(self.P) + 1)]
         return reduce(lambda value, factor: (value*cosine).add_(factor), reversed(factors[:-1]), factors[-1])
 
-    def pair(self, student, teacher): return F.mse_loss(self.kernel(student), self.kernel(teacher))
+    def pair(self, student, teacher): return difference_of_pairs(self.kernel(student), self.kernel(teacher))
 
 # %% ../../nbs/13_losses.relation.ipynb #d13a55ed
 class Gram(RelationLoss):
     "Squared difference of inner products, the whole table of norm 1"
-    def table(self, rows): return unit((rows @ rows.T).reshape(1, -1))
+    def table(self, rows): return unit((rows @ rows.T).reshape(1, -1), eps=1e-24)
 
     def pair(self, student, teacher): return F.mse_loss(self.table(student), self.table(teacher))
 
 # %% ../../nbs/13_losses.relation.ipynb #d13a56a6
 class CosineSimilarity(RelationLoss):
     "Squared difference of the cosines between samples"
-    def pair(self, student, teacher): return F.mse_loss(cosines(student), cosines(teacher))
+    def pair(self, student, teacher): return difference_of_pairs(cosines(student), cosines(teacher))
 
 # %% ../../nbs/13_losses.relation.ipynb #d13a573a
 def pooled(

@@ -12,7 +12,6 @@ from fastcore.basics import store_attr
 from .core import AdaptedLoss, PairLoss, counted_mean, fit_mask
 from .response import finite
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 # %% ../../nbs/14_losses.sequence.ipynb #3f372617
 class TokenLoss(PairLoss):
@@ -104,19 +103,22 @@ class HiddenStates(MappedLoss, Embeddings):
 class _DivergenceOfMaps(torch.autograd.Function):
     "Σ t·log(t/s): one logarithm, whose argument is the gradient. Zeros are lifted to the least number, and have no gradient"
     @staticmethod
-    def forward(ctx, student, teacher):
-        ctx.tiny = torch.finfo(student.dtype).tiny
-        s, t = (F.threshold(maps, ctx.tiny, ctx.tiny) for maps in (student, teacher))
-        ctx.save_for_backward(student, teacher, ratio := t.div_(s))
-        return ratio.log().mul_(teacher).sum()
+    def forward(student, teacher): return _ratio(student, teacher).log_().mul_(teacher).sum()
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs)
+
+    @staticmethod
     def backward(ctx, grad):
-        student, teacher, ratio = ctx.saved_tensors
-        where_lifted_0 = lambda values, maps: torch.ops.aten.threshold_backward(values, maps, ctx.tiny)
+        student, teacher = ctx.saved_tensors
+        ratio, tiny = _ratio(student, teacher), torch.finfo(student.dtype).tiny
+        where_lifted_0 = lambda values, maps: torch.ops.aten.threshold_backward(values, maps, tiny)
         of_teacher = where_lifted_0(ratio.log() + 1, teacher).mul_(grad) if ctx.needs_input_grad[1] else None
         return where_lifted_0(ratio, student).mul_(-grad), of_teacher
+
+def _ratio(student, teacher):
+    tiny = torch.finfo(student.dtype).tiny
+    return F.threshold(teacher, tiny, tiny).div_(F.threshold(student, tiny, tiny))
 
 class AttentionMaps(MappedLoss):
     "KL divergence between attention maps, mean over heads and queries (Wang et al. 2020, section 3.1)"
