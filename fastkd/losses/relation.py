@@ -78,8 +78,8 @@ class _Distances(torch.autograd.Function):
         pull = rows.new_zeros(len(rows), len(rows), dtype=torch.float64) # where samples are close, digits cancel
         pull.masked_scatter_(torch.ones_like(pull, dtype=torch.bool).triu_(1), grad.double()/at_scale(distances.double()))
         pull = pull + pull.T
-        def moved(part): return (pull.sum(1, keepdim=True)*part).addmm_(pull, part, alpha=-1).to(rows.dtype)
-        return torch.cat([moved(part.double()) for part in rows.chunk(4, dim=1)], 1) # for the sake of memory
+        laplacian = pull.sum(1).diag() - pull
+        return torch.cat([(laplacian @ part.double()).to(rows.dtype) for part in rows.chunk(4, dim=1)], 1) # for the sake of memory
 
 def pairwise_distances(
     rows, # Features `(bs, D)`
