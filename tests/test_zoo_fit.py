@@ -155,7 +155,7 @@ def test_it_falls_with_frozen_adapters(name, monkeypatch):
     monkeypatch.setattr(Sum, 'build', frozen)
     made = task(name)
     cb = KnowledgeDistillationCallback(made.teacher, weight=1., task_weight=0., **made.settings)
-    values = fitted(made.learn, cb, n_epoch=8, lr=5e-3).recorder.distillation['distillation_loss']
+    values = fitted(made.learn, cb, n_epoch=5, lr=8e-3).recorder.distillation['distillation_loss']
     start = 3 if make(name).starts_silent else 0 # when the memory is full
     assert sum(values[-3:]) < sum(values[start:start + 3]) and cb._learned is None
 
