@@ -431,7 +431,7 @@ def call_cost(name, make, repeats=2000):
         taken[arm] = statistics.median(tries)/(repeats//10)
     return 1e6*(taken['ours'] - taken['plain'])
 
-NOTES = """Ratios are of medians, and above 1 they have three reasons.
+NOTES = """Ratios are of medians, and above 1 they have four reasons.
 
 - **A call has a price of its own**: inputs are looked through for half precision, autocast is asked for, activations are paired. Here it
   is {response:.0f} µs for a loss on predictions and {feature:.0f} µs for one on activations when called over and over, and up to twice as
@@ -445,9 +445,11 @@ NOTES = """Ratios are of medians, and above 1 they have three reasons.
   most of the time (1.6 times the formula in all), a product in single precision is fast (1.0) and as wrong for close samples as the
   authors' distances, and a product in double precision is right, and is what is used.
 
+- **A gradient that has one, too.** `AttentionMaps` takes one logarithm, of the quotient that is its gradient, and makes that quotient again
+  in the backward pass. Kept, it took .75 of the formula's time, and second derivatives were lost.
+
 What is below 1: powers of `Attention` are those of squares, `DIST` takes correlations from `layer_norm` and `batch_norm`, which have fast
-gradients, `NST` and `RKD distance` compute the same from smaller tables, and `AttentionMaps` takes the logarithm of a quotient, which is
-its gradient, too."""
+gradients, and `NST` and `RKD distance` compute the same from smaller tables."""
 
 def measure(name, cls, repeats):
     "Times and memory of both arms"
