@@ -444,7 +444,6 @@ NOTES = """Ratios are of medians, and above 1 they have four reasons.
   matrix product that rounds the distance of close samples away. Three gradients were tried: that of `pdist` walks over all pairs and takes
   most of the time (1.6 times the formula in all), a product in single precision is fast (1.0) and as wrong for close samples as the
   authors' distances, and a product in double precision is right, and is what is used.
-
 - **A gradient that has one, too.** `AttentionMaps` takes one logarithm, of the quotient that is its gradient, and makes that quotient again
   in the backward pass. Kept, it took .75 of the formula's time, and second derivatives were lost.
 

@@ -2,8 +2,8 @@
 import json, os, pytest, re, shutil, subprocess, sys, torch
 from concurrent.futures import ProcessPoolExecutor
 from configparser import ConfigParser
-from importlib.metadata import entry_points, metadata
 from helpers import FORKS
+from importlib.metadata import entry_points, metadata
 from nbdev.clean import nbdev_clean
 from nbdev.config import get_config, nbpath2html
 from nbdev.doclinks import nbglob

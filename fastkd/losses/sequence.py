@@ -117,6 +117,7 @@ class _DivergenceOfMaps(torch.autograd.Function):
         return where_lifted_0(ratio, student).mul_(-grad), of_teacher
 
 def _ratio(student, teacher):
+    "t/s, zeros lifted to the least number"
     tiny = torch.finfo(student.dtype).tiny
     return F.threshold(teacher, tiny, tiny).div_(F.threshold(student, tiny, tiny))
 
