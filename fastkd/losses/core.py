@@ -661,9 +661,8 @@ def _with_prediction(self:Sum, name, layer):
 
 # %% ../../nbs/10_losses.core.ipynb #6c9bba31
 def _select(part, given):
-    "What `part` asks for among `given`, with the layers of its own; what it takes out of a dict others still find"
-    wanted = {name: value for name, value in (given | part.own(given)).items() if name in part.wants and value is not None}
-    chosen = {name: dict(value) if isinstance(value, dict) else value for name, value in wanted.items()}
+    "What `part` asks for among `given`, with the layers of its own"
+    chosen = {name: value for name, value in (given | part.own(given)).items() if name in part.wants and value is not None}
     if missing := [name for name, required in part.wants.items() if required and name not in chosen]:
         raise ValueError(f"{part} needs {', '.join(f'{name} ({INPUTS[name]})' for name in missing)}")
     return chosen
