@@ -41,3 +41,12 @@ def test_benchmarks_are_fresh(monkeypatch):
         assert ''.join(cell['outputs'][0]['data']['text/markdown']) == eval(source.splitlines()[-1], found).data, source
         shown += 1
     assert shown == 11
+
+def test_counts_are_fresh():
+    "How many losses, settings and planted defects there are"
+    found, cells = {}, code_cells('68_guide.checked.ipynb')
+    counts = next(i for i, cell in enumerate(cells) if "'planted defects'" in ''.join(cell['source']))
+    for cell in cells[:counts]: exec(''.join(cell['source']), found)
+    first, counted = ''.join(cells[counts]['source']).split('\n', 1)
+    exec(first, found)
+    assert eval(''.join(cells[counts]['outputs'][0]['data']['text/plain'])) == eval(counted, found)
