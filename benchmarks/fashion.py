@@ -23,7 +23,7 @@ from pathlib import Path
 from torch.utils.data import TensorDataset
 
 EXPERIMENT = EXPERIMENTS['fashion_mnist']
-EPOCHS     = {3000: 20, 58_000: 5}
+EPOCHS     = {3000: 20, 58_000: 3}
 TRIAL_EPOCHS = 10
 WIDTHS     = dict(small=9, tiny=4)
 TEACHERS   = {3000: (64, 40), 58_000: (32, 10)} # width and epochs
@@ -128,7 +128,7 @@ def compared(root, n_labels, student, chosen, n_seeds):
 
 # ---- Telling
 
-def told_cell(row):
+def told_cell(_, row):
     "Accuracy, and the difference to the student alone; bold where it is more than noise"
     said = f"{row['test_accuracy']:.2f}"
     if row['difference'] is None: return said
