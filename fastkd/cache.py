@@ -460,7 +460,10 @@ def for_student(self:CachedTeacher, learn, axis=1):
     return self
 
 @patch
-def modules(self:CachedTeacher): return self.teacher.modules()
+def modules(self:CachedTeacher): return [self.source.model] if self.teacher is None else self.teacher.modules()
+
+@patch
+def given(self:CachedTeacher): return self.source
 
 # %% ../nbs/23_cache.ipynb #a103fc26
 @patch

@@ -182,6 +182,7 @@ def student_layers(self:Ensemble, layers):
     "What its teachers must hear from the student"
     return [name for i, teacher in enumerate(self.teachers) for name in teacher.student_layers(_own(layers, i))]
 
+# %% ../nbs/25_ensemble.ipynb #d2c28468
 @patch
 def modules(self:Ensemble): return [model for teacher in self.teachers for model in teacher.modules()]
 
@@ -189,6 +190,9 @@ def modules(self:Ensemble): return [model for teacher in self.teachers for model
 def settings(self:Ensemble):
     members = [(type(o), () if isinstance(o, Learner) else o.settings()) for o in self.teachers]
     return self.mean, self.weights, self.T, self.axis, members
+
+@patch
+def given(self:Ensemble): return self.source, self.mean, self.weights, self.T
 
 # %% ../nbs/25_ensemble.ipynb #4de5f5df
 @patch

@@ -59,11 +59,12 @@ def in_words(
     difference:tuple, # Mean difference, lower end, upper end, p-value
     n:int, # Pairs of runs
     p:float=None, # Corrected p-value, where there are other comparisons; by default that of the difference
-    lower_is_better:bool=False, # Whether a smaller metric is a better one
+    lower_is_better:bool=False, # Whether a smaller metric is a better one; None where nobody knows
 ) -> str: # A sentence
     "What a difference shows"
     mean, low, high, alone = difference
     p, name_of_p = (alone, 'p') if p is None else (p, "Holm's p")
     numbers = f'{metric} {mean:+.4f} (95 % interval {low:+.4f} to {high:+.4f}, {name_of_p} {p:.3f}, {n} seeds)'
     if not p < .05: return f"'{name}' is within noise of '{other}': {numbers}"
-    return f"'{name}' is {'better' if (mean > 0) != lower_is_better else 'worse'} than '{other}': {numbers}"
+    up, down = ('higher', 'lower') if lower_is_better is None else ('worse', 'better') if lower_is_better else ('better', 'worse')
+    return f"'{name}' is {up if mean > 0 else down} than '{other}': {numbers}"

@@ -44,6 +44,7 @@ class Teacher:
     def reorders(self, layer): return False # Whether the output of `layer` has its classes in another order than the student
     live = property(lambda self: self, doc='The teacher without a memory')
     def modules(self): return []
+    def given(self): return self.modules(), self.settings() # All that it was made of, the same before and after it meets a student
     def teacher_module(self, name): raise ValueError(f"{self} has no layers, and '{name}' was asked for")
 
 # %% ../nbs/20_teachers.ipynb #1888e6ec

@@ -1,11 +1,11 @@
 "Comparisons: same start and batches for all, what a restart repeats, what is measured, and what is refused."
-import json, numpy as np, os, pytest, random, re, signal, subprocess, sys, time, torch
+import helpers, json, numpy as np, os, pytest, random, re, signal, subprocess, sys, time, torch
 from fastai.basics import Callback, set_seed
 from fastai.callback.tracker import SaveModelCallback
 from fastkd.all import *
-from fastkd.compare import ALONE, Arm, Comparison, compare, description, sweep, train_once, weights_digest
+from fastkd.compare import ALONE, Arm, Comparison, compare, description, is_lower_better, sweep, train_once, weights_digest
 from fastkd.statistics import holm, mean_interval, paired_interval
-from functools import partial
+from functools import lru_cache, partial
 from helpers import At, convnet, learner, trained_teacher
 from pathlib import Path
 
@@ -124,9 +124,31 @@ def test_words():
 def test_plot():
     comparison = Comparison(runs_of(**VALUES), 'alone', labels=dict(kd='4'), xlabel='T')
     ax = comparison.plot()
-    assert [o.get_text() for o in ax.get_xticklabels()] == ['4', 'noise'] and ax.get_ylabel() == 'accuracy' and ax.get_xlabel() == 'T'
+    assert [o.get_text() for o in ax.get_xticklabels()] == ['4', 'noise'] and ax.get_ylabel() == 'accuracy, minus alone' and ax.get_xlabel() == 'T'
     bars = [o.lines[0].get_ydata()[0] for o in ax.containers]
-    assert bars == [mean_interval(VALUES[name])[0] for name in ('kd', 'noise')] and comparison.plot(ax) is ax
+    pairs = [paired_interval(VALUES[name], VALUES['alone']) for name in ('kd', 'noise')]
+    ends = [o.lines[2][0].get_segments()[0][:, 1].tolist() for o in ax.containers]
+    assert bars == [o[0] for o in pairs] and ends == [pytest.approx(o[1:3]) for o in pairs] and comparison.plot(ax) is ax
+    assert [o.lines[0].get_markerfacecolor() == 'white' for o in ax.containers[:2]] == [False, True], 'noise is hollow'
+
+@pytest.mark.parametrize('lower,names', [
+    (True, 'valid_loss error_rate perplexity mae mse msle _rmse _exp_rmspe brier_score_loss hamming_loss teacher_kl task_loss test_error'),
+    (False, 'accuracy accuracy_multi top_k_accuracy foreground_acc dice dice_multi jaccard_coeff f1_score fbeta_score precision_score '
+        'recall_score roc_auc_score average_precision_score balanced_accuracy_score cohen_kappa_score matthews_corrcoef pearsonr spearmanr '
+        'r2_score explained_variance_score corpus_bleu teacher_agreement JaccardCoeff F1Score my_accuracy'),
+    (None, 'sharpness metric n_of_boxes')], ids=['lower', 'higher', 'unknown'])
+def test_directions(lower, names):
+    "All metrics of fastai; of others nobody knows"
+    assert {name for name in names.split() if is_lower_better(name) is not lower} == set()
+
+def test_a_direction_that_nobody_knows():
+    assert "'kd' is higher than 'alone': sharpness" in Comparison(runs_of('sharpness', **VALUES), 'alone').words()[0]
+    def sharpness(pred, y): return pred.std()
+    def make_sharp(): return learner(convnet(4), metrics=sharpness)
+    candidates = {ALONE: [at_lr(1e-2), at_lr(1e-3)], 'same': None}
+    with pytest.raises(ValueError, match="a smaller 'sharpness' is better is not known"): compare(make_sharp, candidates, fit, 2, progress=False)
+    smallest = compare(make_sharp, candidates, fit, 2, progress=False, lower_is_better=True)
+    assert smallest.chosen['alone'] == np.argmin(smallest.trials['alone'])
 
 def test_identical_set_ups():
     table = quick(dict(same=None)).table()
@@ -171,6 +193,54 @@ def test_description():
     before = description(names_model)
     with torch.no_grad(): next(model.parameters())[0] += 1e-3
     assert description(names_model) != before
+
+class Named:
+    "Its number is not in its repr"
+    def __init__(self, n): self.n = n
+    def __repr__(self): return 'Named'
+    def __call__(self): return kd(self.n)
+    def method(self): return kd(self.n)
+
+@lru_cache
+def remembered(n): return kd(n)
+
+LEVEL = 1
+def names_within(): return lambda: kd(LEVEL)
+def names_a_class(): return Named(2)
+
+def differs(what, monkeypatch, name, value, of=None):
+    "Whether the description of a function changes with something that it names"
+    before = description(what)
+    assert description(what) == before
+    monkeypatch.setattr(of or sys.modules[__name__], name, value)
+    return description(what) != before
+
+def test_description_of_what_is_named(monkeypatch):
+    "In inner functions, in classes, behind decorators, in other modules of the user's"
+    assert differs(lambda: names_within(), monkeypatch, 'LEVEL', 2)
+    assert differs(names_a_class, monkeypatch, '__call__', lambda self: kd(5), of=Named)
+    assert differs(lambda: helpers.convnet(4), monkeypatch, 'convnet', lambda c: None, of=helpers)
+    assert differs(remembered, monkeypatch, 'kd', None)
+
+def test_description_of_objects():
+    for make_one in (lambda n: Named(n), lambda n: Named(n).method, lambda n: partial(remembered, n)):
+        assert description(make_one(1)) == description(make_one(1)) != description(make_one(2))
+
+def test_description_in_another_process():
+    "Sets have another order in each"
+    code = "from fastkd.compare import description\nNAMES = {*'abcdefgh'}\nprint(description(lambda: NAMES and 'a' in {'b', 'c', 'd', 'e'}))"
+    told = [subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=Path(__file__).parent.parent,
+        env={**os.environ, 'PYTHONHASHSEED': seed}).stdout for seed in '12']
+    assert told[0] == told[1] and len(told[0]) == 33
+
+def test_teachers_that_met_no_student(tmp_path):
+    "A fresh cache of a learner can be described, is the same after a fit, and another one's is not"
+    teachers = [learner(convnet(width)) for width in (8, 16)]
+    for i, wrapped in enumerate((CachedTeacher, lambda o: Ensemble([o, o]), lambda o: CachedTeacher(Ensemble([o, o])))):
+        one, other = (partial(KnowledgeDistillationCallback, wrapped(o), SoftTarget(T=4)) for o in teachers)
+        first = quick(dict(kd=one), path=tmp_path/str(i))
+        assert quick(dict(kd=one), path=tmp_path/str(i)).table().equals(first.table())
+        with pytest.raises(ValueError, match="holds runs of another 'kd'"): quick(dict(kd=other), path=tmp_path/str(i))
 
 def test_a_set_up_that_fails(tmp_path):
     "What is finished is kept, and mending the set-up goes on"
@@ -231,6 +301,10 @@ def test_any_name(tmp_path):
     name = '../T=4 / α'
     first = quick({name: kd}, path=tmp_path/'a')
     assert os.listdir(tmp_path) == ['a'] and quick({name: kd}, path=tmp_path/'a').table().equals(first.table())
+    long = [300*letter + ending for letter in 'xα' for ending in 'ab']
+    first = quick({name: kd for name in long}, path=tmp_path/'b')
+    (tmp_path/'b'/'.DS_Store').write_bytes(b'\xff')
+    assert quick({name: kd for name in long}, path=tmp_path/'b').table().equals(first.table()) and len(first.table()) == 5
 
 # ---- Tuning and time
 
@@ -242,7 +316,7 @@ def test_tuning():
     assert comparison.trials.keys() == {'alone', 'kd'} and [len(o) for o in comparison.trials.values()] == [2, 2]
     assert comparison.trials['alone'][0] < comparison.trials['alone'][1]
     assert comparison.values()['alone'].tolist() == quick(dict(same=None), metric='valid_loss').values()['alone'].tolist()
-    assert "'alone' is candidate 0 of 2" in comparison.words() and {*comparison.runs['seed']} == {0, 1}
+    assert "'alone' is its candidate 1 of 2" in comparison.words() and {*comparison.runs['seed']} == {0, 1}
 
 def test_tuning_looks_at_the_validation_set_only():
     calls = []
@@ -289,6 +363,17 @@ def test_sweep(tmp_path):
     assert [o.get_text() for o in ax.get_xticklabels()] == ['0.1', '0.9'] and ax.get_xlabel() == 'weight'
     with pytest.raises(TypeError, match='one setting, as in T'): sweep(make, kd, fit, weight=[.1], T=[1])
     with pytest.raises(TypeError, match='not none'): sweep(make, kd, fit)
+    with pytest.raises(TypeError, match=r'T=4: a sweep has several values, T=\[…\]'): sweep(make, kd, fit, T=4)
+
+def test_values_of_a_sweep():
+    "Twice the same, a generator, numbers that no decimal fraction is"
+    go = partial(sweep, make, fit=fit, seeds=2, progress=False)
+    twice, generated = go(kd, T=[1, 1, 2]), go(kd, T=(o for o in (1, 2)))
+    assert list(twice.values()) == ['alone', 'T=1', 'T=2'] and twice.values().equals(generated.values())
+    assert twice.values()['T=2'].tolist() == quick(dict(kd=partial(kd, 2))).values()['kd'].tolist()
+    assert list(go(lambda weight: kd(weight=weight), weight=np.linspace(.1, .3, 3)).values()) == ['alone', 'weight=0.1', 'weight=0.2', 'weight=0.3']
+    rising = go(kd, T=[1], lower_is_better=True)
+    assert rising.lower_is_better
 
 @pytest.mark.parametrize('setups,error,text', [
     (dict(kd=kd()), TypeError, "'kd': learners and callbacks are made anew for each run, by functions: lambda"),
@@ -298,6 +383,16 @@ def test_sweep(tmp_path):
     ({}, ValueError, 'at least one set-up beside the baseline')], ids=['instance', 'number', 'unknown', 'empty', 'none'])
 def test_set_ups_that_are_none(setups, error, text):
     with pytest.raises(error, match=re.escape(text)): quick(setups)
+
+@pytest.mark.parametrize('setups', [None, [kd], kd], ids=['none', 'list', 'function'])
+def test_set_ups_that_are_no_dict(setups):
+    with pytest.raises(ValueError, match='setups is a dict of at least one set-up beside the baseline'): quick(setups)
+
+def test_numbers_of_seeds():
+    assert quick(dict(same=None), seeds=np.int64(2)).values().shape == (2, 2)
+    with pytest.raises(TypeError): quick(dict(same=None), seeds=2.5)
+    with pytest.raises(ValueError, match='candidates are chosen by tuning_seeds, and there is none'):
+        quick({ALONE: [at_lr(1e-2), at_lr(1e-3)]} | dict(same=None), tuning_seeds=0)
 
 def test_other_errors():
     with pytest.raises(ValueError, match='at least two seeds'): quick(dict(kd=kd), seeds=1)

@@ -1,8 +1,9 @@
 "Pages that are made from something else say what it says now: the reference from the package, the benchmarks from their tables."
 import fastkd.all, inspect, json, pytest
+from importlib import import_module
 from pathlib import Path
 
-NBS = Path(__file__).resolve().parent.parent/'nbs'
+NBS, BENCHMARKS = (Path(__file__).resolve().parent.parent/o for o in ('nbs', 'benchmarks'))
 PUBLIC = {name: o for name, o in vars(fastkd.all).items() if not name.startswith('_')}
 
 def code_cells(page): return [cell for cell in json.loads((NBS/page).read_text())['cells'] if cell['cell_type'] == 'code']
@@ -50,3 +51,9 @@ def test_counts_are_fresh():
     first, counted = ''.join(cells[counts]['source']).split('\n', 1)
     exec(first, found)
     assert eval(''.join(cells[counts]['outputs'][0]['data']['text/plain'])) == eval(counted, found)
+
+@pytest.mark.parametrize('name', ['fashion', 'traps', 'unlabelled'])
+def test_tables_say_what_was_measured(name):
+    "The Markdown is that of the numbers beside it"
+    told = import_module(f'benchmarks.{name}').told
+    assert told(json.loads((BENCHMARKS/f'{name}.json').read_text())) == (BENCHMARKS/f'{name}.md').read_text()
