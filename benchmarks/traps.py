@@ -28,7 +28,8 @@ PAIRS = [ # What to compare: the trap, and what to do instead
     ('without T²', 'distilled', f'the softened part counts T² = {T*T} times less'),
     ('teacher in train mode', 'distilled', 'dropout and statistics of the batch in what it says'),
     ('augmented', AUGMENTED, 'no trap: both see the changed image'),
-    ('augmented, teacher sees the plain image', 'augmented', 'it answers for another image')]
+    ('augmented, teacher sees the plain image', 'augmented', 'it answers for another image'),
+    ('augmented, teacher sees the plain image', AUGMENTED, 'what is left of what it brings')]
 
 class InTrainMode(Teacher):
     "What a script does that forgets `teacher.eval()`"
@@ -82,9 +83,9 @@ def setups(root):
 def told(found):
     "All of it as Markdown"
     table = found['table']
-    lines = ['# Known traps', '', f"`python -m benchmarks.traps`, {found['machine']}. Fashion-MNIST, {N_LABELS:,} labels, {EPOCHS} epochs, "
+    lines = ['# Known traps', '', f"`python -m benchmarks.traps --root DIR`, {found['machine']}. Fashion-MNIST, {N_LABELS:,} labels, {EPOCHS} epochs, "
         f"{found['seeds']} seeds, T={T}, weight {EXPERIMENT.weight}; a teacher of {found['teacher']:.2f} %, trained on the same labels "
-        'with shifts and flips. Test accuracy in percent, with 95 % intervals.', '', lined(['set-up', 'accuracy', 'CPU seconds'])]
+        'with shifts and flips. Labels and teacher are the same for all seeds. Test accuracy in percent, with 95 % intervals.', '', lined(['set-up', 'accuracy', 'CPU seconds'])]
     lines.append('|---|--:|--:|')
     lines += [lined([name, f"{o['test_accuracy']:.2f} ± {(o['high'] - o['low'])/2:.2f}", f"{o['CPU s']:.0f}"]) for name, o in table.items()]
     lines += ['', lined(['set-up', 'beside', 'difference', "Holm's p", 'what happens']), '|---|---|--:|--:|---|']

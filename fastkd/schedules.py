@@ -110,7 +110,7 @@ class Stages:
 
 def multiplies(curve):
     "Whether a curve is a factor, and not the value itself"
-    return multiplies(curve.curve) if isinstance(curve, Stages) else isinstance(curve, Schedule)
+    return multiplies(curve.curve) if isinstance(curve, Stages) else hasattr(curve, 'progress') # also the schedules of fasterai
 
 def _said(curve):
     "A schedule as it is, an annealer as it was written"

@@ -33,7 +33,7 @@ def needed(
 ): # The module
     "Import an optional module"
     try: return import_module(name)
-    except ImportError as e: raise ImportError(f'{who} needs {name.partition(".")[0]}: pip install fastkd[{extra}]') from e
+    except ImportError as e: raise ImportError(f'{who} needs {name.partition(".")[0]}: pip install "fastkd[{extra}]"') from e
 
 # %% ../nbs/02_shared.ipynb #81779d89
 def content_digest(

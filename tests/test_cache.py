@@ -828,7 +828,7 @@ def test_read_only_folder(tmp_path, monkeypatch):
 def test_without_safetensors(tmp_path, monkeypatch):
     "The error comes when the cache is made and not when it is full; in memory nothing is needed"
     for name in 'safetensors', 'safetensors.torch': monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=r'pip install fastkd\[cache\]'): CachedTeacher(net(), tmp_path)
+    with pytest.raises(ImportError, match=r'pip install "fastkd\[cache\]"'): CachedTeacher(net(), tmp_path)
     assert CachedTeacher(net()).outputs((PICTURES,))[0].shape == (12, 3)
 
 # ---- What a layer computes

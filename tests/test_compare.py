@@ -406,7 +406,7 @@ def test_reports_are_an_extra(monkeypatch):
     "Said before any training"
     def missing(name): raise ImportError(name)
     monkeypatch.setattr('fastkd.shared.import_module', missing)
-    with pytest.raises(ImportError, match=r'pip install fastkd\[report\]'): compare(None, dict(kd=kd), None)
+    with pytest.raises(ImportError, match=r'pip install "fastkd\[report\]"'): compare(None, dict(kd=kd), None)
 
 def test_progress(capsys):
     compare(make, dict(kd=kd), fit, 2)

@@ -62,7 +62,7 @@ def test_a_wrong_file_is_not_kept(tmp_path):
 @pytest.mark.parametrize('name', ['onnx', 'onnxscript', 'onnxruntime'])
 def test_missing_packages(name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
-    said = rf'an ONNX file needs {name}: pip install fastkd\[onnx\]'
+    said = rf'an ONNX file needs {name}: pip install "fastkd\[onnx\]"'
     with pytest.raises(ImportError, match=said): export_onnx(small(), tmp_path/'a.onnx')
 
 class Two(nn.Module):

@@ -178,7 +178,7 @@ def test_errors(monkeypatch):
     with pytest.raises(TypeError, match='a Learner, a module or Frozen'): report(learner(), 'teacher')
     with pytest.raises(ValueError, match='other shapes'): report(learner(), convnet(4, n_out=7))
     monkeypatch.setitem(__import__('sys').modules, 'torchmetrics.classification', None)
-    with pytest.raises(ImportError, match=r'pip install fastkd\[report\]'): report(learner(), convnet(4))
+    with pytest.raises(ImportError, match=r'pip install "fastkd\[report\]"'): report(learner(), convnet(4))
 
 # ---- Agreement by epoch
 
