@@ -209,6 +209,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fastkd.callback._inside_fit': ('callback.html#_inside_fit', 'fastkd/callback.py'),
                                  'fastkd.callback._is_compiled': ('callback.html#_is_compiled', 'fastkd/callback.py'),
                                  'fastkd.callback._numbered': ('callback.html#_numbered', 'fastkd/callback.py'),
+                                 'fastkd.callback._on_sample': ('callback.html#_on_sample', 'fastkd/callback.py'),
                                  'fastkd.callback._set_learn': ('callback.html#_set_learn', 'fastkd/callback.py'),
                                  'fastkd.callback.as_teacher': ('callback.html#as_teacher', 'fastkd/callback.py')},
             'fastkd.checkpoints': { 'fastkd.checkpoints.CheckpointCallback': ( 'checkpoints.html#checkpointcallback',

@@ -7,7 +7,7 @@ __all__ = ['KnowledgeDistillationCallback', 'as_teacher']
 
 # %% ../nbs/30_callback.ipynb #eb2916b0
 import copy, math, sys, warnings, weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial, reduce
 from numbers import Number
 from operator import and_
@@ -383,7 +383,7 @@ def _look(self:KnowledgeDistillationCallback):
     fit.axis, fit.captures = self._axis(), Captures(model, fit.students)
     fit.teacher.to(next(model.parameters()).device) # where `distrib_ctx` has put the student by now
     with no_random(reproducible=False), autocast:
-        with evaluating(model), torch.no_grad(), fit.captures: output = model(*one)
+        with evaluating(model), torch.no_grad(), fit.captures, _on_sample('the student', one): output = model(*one)
         fm_s = fit.captures.take()
         self._check_captured(fm_s)
         pred = self.logits(output)
@@ -401,16 +401,22 @@ def _look(self:KnowledgeDistillationCallback):
     if hasattr(learn, 'recorder') and not fit.suffix: learn.recorder.distillation = {}
 
 # %% ../nbs/30_callback.ipynb #e10a6871
-@patch
-def _ask_once(self:KnowledgeDistillationCallback, one, pred, fm_s):
-    "The teacher's answer for one sample, or an error that says who failed on what"
-    fit = self._fit
-    try: return self._ask(fit.teacher.live, one, pred, fm_s)
+@contextmanager
+def _on_sample(who, one, remedy=''):
+    "A model that fails on one sample of the batch is named, with the shape of what it was given"
+    try: yield
     except (AttributeError, LookupError, RuntimeError, TypeError) as e:
         shapes = ', '.join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in one)
-        raise (TypeError if isinstance(e, TypeError) else ValueError)(f"{fit.teacher} fails on a sample of the student's batch, of shape "
-            f'{shapes}; `teacher_input` can make another input of it: {e}') from e
+        raise (TypeError if isinstance(e, TypeError) else ValueError)(f"{who} fails on a sample of the student's batch, of shape "
+            f'{shapes}{remedy}: {e}') from e
 
+@patch
+def _ask_once(self:KnowledgeDistillationCallback, one, pred, fm_s):
+    "The teacher's answer for one sample"
+    teacher = self._fit.teacher
+    with _on_sample(teacher, one, '; `teacher_input` can make another input of it'): return self._ask(teacher.live, one, pred, fm_s)
+
+# %% ../nbs/30_callback.ipynb #159f4604
 @patch
 def _check_captured(self:KnowledgeDistillationCallback, fm_s):
     "Every student layer has run"

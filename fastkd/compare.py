@@ -47,9 +47,13 @@ def as_arm(
         raise TypeError(f"'{name}' says {', '.join(sorted(unknown))}: a set-up is a dict of make_learner, fit and cbs")
     arm = Arm(**dict(make_learner=make_learner, fit=fit) | own)
     made = arm.make_learner, arm.fit, *listify(arm.cbs)
-    if all(callable(o) and not isinstance(o, (Callback, Learner)) for o in made): return arm
-    raise TypeError(f"'{name}': learners and callbacks are made anew for each run, by functions: "
-        'lambda: KnowledgeDistillationCallback(teacher, SoftTarget(T=4))')
+    if not all(callable(o) and not isinstance(o, (Callback, Learner)) for o in made):
+        raise TypeError(f"'{name}': learners and callbacks are made anew for each run, by functions: "
+            'lambda: KnowledgeDistillationCallback(teacher, SoftTarget(T=4))')
+    try: inspect.signature(arm.fit).bind(None, None)
+    except TypeError: raise TypeError(f"'{name}': fit takes a learner and the callbacks of a run, and passes these on: "
+        'lambda learn, cbs: learn.fit_one_cycle(8, cbs=cbs)') from None
+    return arm
 
 # %% ../nbs/40_compare.ipynb #c640e47f
 class CountBatches(Callback):
@@ -253,7 +257,9 @@ def train_all(self:Runs,
     bar, runs = master_bar(seeds) if progress else seeds, []
     for seed in bar:
         starts = {}
-        for name in progress_bar([*arms], parent=bar) if progress else arms:
+        inner = progress_bar([*arms], parent=bar) if progress else arms
+        if progress: inner.prefix = f'seed {seed}:' # in a terminal it would say "Epoch"
+        for name in inner:
             make = arms[name].make_learner
             run = self.find(name, seed, of[name]) or self.keep(name, seed, dict(of=of[name],
                 **self._train(name, arms[name], seed, metric, starts.get(make))))

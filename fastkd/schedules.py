@@ -110,7 +110,7 @@ class Stages:
 
 def multiplies(curve):
     "Whether a curve is a factor, and not the value itself"
-    return multiplies(curve.curve) if isinstance(curve, Stages) else hasattr(curve, 'progress') # also the schedules of fasterai
+    return multiplies(curve.curve) if isinstance(curve, Stages) else hasattr(curve, 'progress') and not isinstance(curve, type) # those of fasterai, too
 
 def _said(curve):
     "A schedule as it is, an annealer as it was written"

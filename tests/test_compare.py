@@ -379,8 +379,9 @@ def test_values_of_a_sweep():
     (dict(kd=kd()), TypeError, "'kd': learners and callbacks are made anew for each run, by functions: lambda"),
     (dict(kd=dict(make_learner=4)), TypeError, "'kd': learners and callbacks are made anew"),
     (dict(kd=dict(loss=kd)), TypeError, "'kd' says loss: a set-up is a dict of make_learner, fit and cbs"),
+    (dict(kd=dict(fit=lambda learn: learn.fit(1))), TypeError, "'kd': fit takes a learner and the callbacks of a run"),
     (dict(kd=[]), ValueError, "'kd' has no candidate"),
-    ({}, ValueError, 'at least one set-up beside the baseline')], ids=['instance', 'number', 'unknown', 'empty', 'none'])
+    ({}, ValueError, 'at least one set-up beside the baseline')], ids=['instance', 'number', 'unknown', 'no callbacks', 'empty', 'none'])
 def test_set_ups_that_are_none(setups, error, text):
     with pytest.raises(error, match=re.escape(text)): quick(setups)
 
@@ -410,4 +411,5 @@ def test_reports_are_an_extra(monkeypatch):
 
 def test_progress(capsys):
     compare(make, dict(kd=kd), fit, 2)
-    assert 'epoch' not in capsys.readouterr().out # of two seeds and two set-ups, and not of the epochs of each run
+    said = capsys.readouterr().out
+    assert 'seed 1:' in said and 'epoch' not in said.lower() # of two seeds and two set-ups, and not of the epochs of each run

@@ -75,6 +75,13 @@ def test_layer_descriptions():
     assert list(layers) == get_model_layers(small_cnn())
     assert layers['0.0'] == 'Conv2d(3, 4, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1))'
 
+def test_stages_of_a_vision_learner():
+    "torchvision's names lead to where `create_body` has put the stages"
+    model = create_vision_model(tvm.resnet18, 10, pretrained=False)
+    assert [nearest_names(model, name)[0] for name in ('layer2', '0.layer4', 'conv1')] == ['0.5', '0.7', '0.0']
+    assert all(get_module_by_name(model, nearest_names(model, f'layer{i}')[0])[0].conv1.out_channels == 32*2**i for i in range(1, 5))
+    assert '0.5' not in nearest_names(nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2)), 'layer2')
+
 def test_nearest_names():
     model = cnn('resnet18')
     assert nearest_names(model, 'layer4.1.conv_2')[0] == 'layer4.1.conv2' and 'layer4' in nearest_names(model, 'layer5')

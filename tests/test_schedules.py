@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError, replace
 from functools import partial
 from hypothesis import given, strategies as st
 from fastai.callback.schedule import SchedCos, SchedExp, SchedLin, SchedPoly, combine_scheds, sched_cos, sched_exp, sched_lin, sched_no
-from fastkd.schedules import Schedule, Stages, as_schedules, check_curve, cos, lin, scheduled_value
+from fastkd.schedules import Schedule, Stages, as_schedules, check_curve, cos, lin, multiplies, scheduled_value
 
 # ---- Curves
 
@@ -218,3 +218,10 @@ def test_check_curve_looks_everywhere():
     seen.clear()
     check_curve('T', None, 7, seen.append)
     assert seen == [7]
+
+def test_schedules_of_another_library():
+    "What has a `progress(pct)` multiplies the weight"
+    class Other:
+        def progress(self, pct_train): return pct_train**2
+    curve, = as_schedules(Other()).values()
+    assert scheduled_value(curve, .8, .5) == .2 and multiplies(curve)
