@@ -750,19 +750,22 @@ if 'distillation' not in Recorder._stateattrs: Recorder._stateattrs += ('distill
 
 @patch
 def plot_distillation(self:Recorder,
-    keys=None, # Names to draw: 'weight', 'T', 'task_loss', …; all by default
+    keys=None, # Names to draw: 'weight', 'T', 'task_loss', …, 'accuracy'; by default all that moved, and 'valid_loss'
     skip_start:int=0, # Leave out the first steps
     axs=None, # Matplotlib axes, one per key
 ):
-    "Draw what distillation did at each step of the last fit; returns the axes"
+    "Draw what distillation did at each step of the last fit, and what came of it after each epoch; returns the axes"
     import matplotlib.pyplot as plt
     if not hasattr(self, 'distillation'): raise ValueError('nothing was distilled yet: fit with a KnowledgeDistillationCallback first')
-    keys = list(self.distillation) if keys is None else listify(keys)
-    if unknown := [key for key in keys if key not in self.distillation]:
-        raise ValueError(f"'{unknown[0]}' was not recorded; what was: {', '.join(self.distillation)}")
+    steps = {name: (range(len(values)), [float(value) for value in values]) for name, values in self.distillation.items()}
+    curves = {name: (self.iters, column) for name, column in zip(self.metric_names[1:], zip(*self.values))} | steps # by epoch, and by step
+    moved = [name for name, (_, values) in steps.items() if len({*values}) > 1]
+    keys = [*(moved or steps), *({'valid_loss'} & {*curves})] if keys is None else listify(keys)
+    if unknown := [key for key in keys if key not in curves]:
+        raise ValueError(f"'{unknown[0]}' was not recorded; what was: {', '.join(curves)}")
     if axs is None: axs = plt.subplots(1, len(keys), figsize=(3*len(keys), 2.6), squeeze=False, layout='constrained')[1][0]
     for key, ax in zip(keys, getattr(axs, 'flat', listify(axs))):
-        values = [float(value) for value in self.distillation[key][skip_start:]]
-        ax.plot(range(skip_start, skip_start + len(values)), values)
+        drawn = [(step, value) for step, value in zip(*curves[key]) if step >= skip_start and value is not None]
+        ax.plot(*zip(*drawn), marker='' if key in steps else '.')
         ax.set(title=key, xlabel='steps')
     return axs
