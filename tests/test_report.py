@@ -8,9 +8,10 @@ from fastai.metrics import accuracy
 from fastkd.all import KnowledgeDistillationCallback, SoftTarget
 from fastkd.plots import AgreementCallback, plot_activations
 from fastkd.report import divergence, file_bytes, latencies, log_probabilities, macs, overconfidence, peak_bytes, report, tally, threads
+from fastkd.stored import StoredTeacher
 from functools import partial
 from io import BytesIO
-from helpers import (At, convnet, digits, fitted, is_unchanged, learner, loaders, n_hooks, named_learner, quiet, raising, same,
+from helpers import (At, convnet, digits, error_of, fitted, is_unchanged, learner, loaders, n_hooks, named_learner, quiet, raising, same,
     seeded, state, trained_teacher, weights)
 from torch import nn
 from torchmetrics.functional import calibration_error
@@ -84,9 +85,12 @@ def test_pixels_and_ignored_ones():
 
 def test_ignored_labels_of_a_partial():
     "A function that leaves out a label, as a loss of torch or fastai does"
-    learn = learner(loss_func=partial(F.cross_entropy, ignore_index=9))
+    learn, agreement = learner(loss_func=partial(F.cross_entropy, ignore_index=9)), AgreementCallback(trained_teacher())
     found, (_, y) = report(learn, trained_teacher(), n_runs=0), predictions(learn.model, learn.dls.valid)
     assert found.classes['count'].tolist() == y[y != 9].bincount(minlength=10).tolist()
+    learn.fit(1, cbs=agreement)
+    (z_s, _), (z_t, _) = (predictions(model, learn.dls.valid) for model in (learn.model, trained_teacher()))
+    assert close(agreement.history['teacher_agreement'], [(z_s.argmax(1) == z_t.argmax(1))[y != 9].float().mean().item()])
 
 def test_metrics_of_any_name():
     "fastai's accuracy is what a report computes itself; what is only called so, or like a row, or like another metric, is kept"
@@ -316,6 +320,12 @@ def test_agreement_of_learners_with_other_orders():
     z_s, z_t = student.model.eval()(x), teacher.model.eval()(x).flip(1)
     assert close(agreement.history['teacher_agreement'], [(z_s.argmax(1) == z_t.argmax(1)).float().mean().item()])
 
+def test_agreement_is_refused_before_training():
+    "Models of other classes, and teachers that a validation cannot ask"
+    said = error_of(ValueError, learner(), AgreementCallback(convnet(4, n_out=7)))
+    assert 'student and teacher predict other shapes, (1, 10) and (1, 7)' in said
+    assert 'asks for index' in error_of(ValueError, learner(), AgreementCallback(StoredTeacher(torch.zeros(100, 10))))
+
 # ---- Activations
 
 def test_activations_are_drawn():
@@ -329,3 +339,21 @@ def test_activations_are_drawn():
     assert close(shown.flatten().tolist(), F.normalize(hidden.flatten(1)).flatten().tolist())
     for layers, said in ((['block1'], 'name pairs'), (['head.3', 'block1'], 'vectors'), (['blok1', 'block2'], 'block1')):
         with pytest.raises(ValueError, match=said): plot_activations(student, teacher, x, layers, ['block1', 'block2'])
+
+def test_activations_of_a_teacher_with_other_statistics():
+    "A learner as teacher gets its own scale, as in training; a layer in two pairs is drawn twice"
+    teacher, student = named_learner(seeded(convnet, 8), stats=([.2], [.5])), named_learner(seeded(convnet, 4))
+    x, _ = student.dls.valid.one_batch()
+    with pytest.warns(UserWarning, match='other statistics'):
+        axs = plot_activations(student, teacher, x, ['block1', 'block1'], ['block1', 'block2'], n=2)
+    assert axs.shape == (2, 5)
+    shown = lambda i: torch.tensor(axs[1, i].images[0].get_array())
+    hidden = teacher.model.eval().block1((x[1:2].as_subclass(torch.Tensor) - .2)/.5).pow(2).mean(1)
+    assert close(shown(2).flatten().tolist(), F.normalize(hidden.flatten(1)).flatten().tolist())
+    assert torch.equal(shown(1), shown(3)) and shown(4).shape == (4, 4)
+    assert [ax.get_title() for ax in axs[0, 1:]] == ['student: block1', 'teacher: block1', 'student: block1', 'teacher: block2']
+
+@pytest.mark.parametrize('n,n_samples', [(0, 3), (-1, 3), (2, 0)])
+def test_no_sample_to_draw(n, n_samples):
+    with pytest.raises(ValueError, match=f'nothing to show: n is at least 1, not {n}, and xb has {n_samples} sample'):
+        plot_activations(convnet(4), convnet(4), torch.zeros(n_samples, 1, 8, 8), 'block1', 'block1', n=n)
