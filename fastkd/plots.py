@@ -9,16 +9,16 @@ __all__ = ['AgreementCallback', 'plot_activations']
 import math
 
 import torch
-from fastai.basics import Callback, Learner, ValueMetric
+from fastai.basics import Callback, Learner, ValueMetric, apply, no_random
 from fastcore.basics import detuplify, listify, patch
 from torch import Tensor, nn
-from .callback import KnowledgeDistillationCallback
+from .callback import KnowledgeDistillationCallback, as_teacher
 from .learned import average
 from .learners import from_learner
 from .losses.core import channels_first
 from .losses.feature import attention_map
-from .modules import Captures, evaluating, logits, missing_layer, unwrap_model
-from .report import divergence, has_classes, log_probabilities
+from .modules import Captures, evaluating, logits, missing_layer, reset_state, unwrap_model
+from .report import check_shapes, divergence, has_classes, ignored_label, log_probabilities
 from .teachers import Frozen, Teacher
 
 # %% ../nbs/42_plots.ipynb #fd36cb2d
@@ -30,7 +30,8 @@ class AgreementCallback(Callback):
     ):
         if not isinstance(teacher, (nn.Module, Learner, Teacher)):
             raise TypeError(f'the teacher is a module, a Learner or a Teacher, not {type(teacher).__name__}')
-        self.teacher, self.history, self._answers, self._sums = teacher, {name: [] for name in _COLUMNS}, None, None
+        self.teacher, self.history = teacher, {name: [] for name in _COLUMNS}
+        self._answers, self._sums, self._looked = None, None, False # the teacher of this fit; sums; whether both were tried on a sample
 
     def __repr__(self): return f'{type(self).__name__}({type(self.teacher).__name__})'
     def __getstate__(self): return {**self.__dict__, 'teacher': None, '_answers': None} # an exported learner leaves the teacher behind
@@ -50,11 +51,10 @@ def before_fit(self:AgreementCallback):
     if self.learn.lock.locked(): return
     self.cleanup()
     if self.teacher is None or hasattr(self.learn, 'lr_finder'): return
-    axis = getattr(self.learn.loss_func, 'axis', 1)
-    if isinstance(self.teacher, Learner): self._answers = from_learner(self.teacher, self.learn, axis=axis)
-    elif isinstance(self.teacher, nn.Module): self._answers = Frozen(self.teacher)
-    else: self._answers = self.teacher.for_student(self.learn, axis)
-    self.history = {name: [] for name in _COLUMNS}
+    teacher = as_teacher(self.teacher, self.learn, getattr(self.learn.loss_func, 'axis', 1))
+    if missing := [name for name in teacher.wants if name not in ('target', 'student_pred')]:
+        raise ValueError(f"{teacher} asks for {', '.join(missing)}, which only training supplies: agreement needs a teacher that does not")
+    self._answers, self._looked, self.history = teacher, False, {name: [] for name in _COLUMNS}
     self.learn.metrics = self.learn.metrics + [_Column(self, name) for name in _COLUMNS]
 
 @patch
@@ -68,6 +68,28 @@ def after_fit(self:AgreementCallback):
     if not self.learn.lock.locked(): self.cleanup()
 
 AgreementCallback.learn = KnowledgeDistillationCallback.learn # which cleans up when it is set to None, as after an interrupt
+
+# %% ../nbs/42_plots.ipynb #69e66482
+@patch
+def _ask(self:AgreementCallback, teacher, xb, pred, target):
+    "What the teacher says to a batch"
+    given = dict(target=target, student_pred=pred)
+    answer, _ = teacher.outputs(xb, **{name: given[name] for name in teacher.wants})
+    check_shapes(pred, answer)
+    return answer
+
+@patch
+def before_batch(self:AgreementCallback):
+    "Compare shapes once in a fit"
+    if self._answers is None or self._looked or not self.learn.training or self.learn.lock.locked(): return
+    self._looked, model = True, unwrap_model(self.learn.model)
+    one = lambda batch: apply(lambda x: x[:1].as_subclass(Tensor) if isinstance(x, Tensor) else x, tuple(batch))
+    xb, yb = one(self.learn.xb), one(self.learn.yb)
+    self._answers.to(next(model.parameters()).device)
+    with no_random(reproducible=False), evaluating(model), torch.no_grad():
+        self._ask(self._answers.live, xb, logits(model(*xb)), detuplify(yb))
+    reset_state(model)
+    self._answers.reset()
 
 # %% ../nbs/42_plots.ipynb #e38a180b
 @patch
@@ -84,10 +106,9 @@ def after_pred(self:AgreementCallback):
     if self._sums is None or self.learn.training: return
     learn, axis = self.learn, getattr(self.learn.loss_func, 'axis', 1)
     pred, target = logits(learn.pred), detuplify(tuple(learn.yb))
-    given = dict(target=target, student_pred=pred)
-    answer, _ = self._answers.outputs(learn.xb, **{name: given[name] for name in self._answers.wants})
     if not has_classes(pred, target, axis): raise ValueError('predictions here are not one class out of several: nothing to agree on')
-    counted = target.as_subclass(Tensor).flatten() != getattr(learn.loss_func, 'ignore_index', -100)
+    answer = self._ask(self._answers, learn.xb, pred, target)
+    counted = target.as_subclass(Tensor).flatten() != ignored_label(learn.loss_func)
     log_s, log_t = (log_probabilities(o, axis)[counted] for o in (pred, answer))
     found = divergence(log_s, log_t).sum(), (log_s.argmax(1) == log_t.argmax(1)).sum(), counted.sum()
     self._sums = self._sums + torch.stack([o.float() for o in found])
@@ -138,28 +159,41 @@ def _as_shown(x):
     if x.ndim == 3 and len(x) in (1, 3): return x.permute(1, 2, 0)
     return x if x.ndim == 2 else x.reshape(1, -1) if x.ndim < 2 else x.mean(0)
 
-def plot_activations(
-    student, # Model or `Learner`
-    teacher, # Model or `Learner`
-    xb, # Inputs, without labels: a tensor, or a tuple for models with several inputs
-    layers_s, # Student layer or list of them
-    layers_t, # The teacher's, as many
-    n:int=4, # Samples to show at most
-    axs=None, # Matplotlib axes, `n` rows of `1 + 2*n_pairs`; new ones by default
-):
-    "Attention maps of paired layers beside the input, a row per sample; returns the axes"
+def _draw(columns, axs):
+    "Titles with their pictures as columns, a row per sample; returns the axes"
     import matplotlib.pyplot as plt
-    xb, layers_s, layers_t = (xb,) if isinstance(xb, Tensor) else tuple(xb), listify(layers_s), listify(layers_t)
-    if len(layers_s) != len(layers_t): raise ValueError(f'{len(layers_s)} student layer(s) for {len(layers_t)} of the teacher: name pairs')
-    xb = tuple(x[:n].as_subclass(Tensor) if isinstance(x, Tensor) else x for x in xb)
-    of_s, of_t = _maps('student', student, xb, layers_s), _maps('teacher', teacher, xb, layers_t)
-    columns = {'input': [*map(_as_shown, xb[0].detach().cpu())]}
-    for s, t in zip(layers_s, layers_t): columns |= {f'student: {s}': of_s[s], f'teacher: {t}': of_t[t]}
-    if axs is None: axs = plt.subplots(len(xb[0]), len(columns), figsize=(1.7*len(columns), 1.7*len(xb[0]) + .3), squeeze=False,
-        layout='constrained')[1]
-    for row, shown in zip(axs, zip(*columns.values())):
+    titles, pictures = zip(*columns)
+    n, width = len(pictures[0]), len(titles)
+    if axs is None: axs = plt.subplots(n, width, figsize=(1.7*width, 1.7*n + .3), squeeze=False, layout='constrained')[1]
+    for row, shown in zip(axs, zip(*pictures)):
         for ax, picture in zip(row, shown):
             ax.imshow(picture.numpy(), aspect='auto' if picture.shape[0] == 1 else 'equal')
             ax.axis('off')
-    for ax, name in zip(axs[0], columns): ax.set_title(name, fontsize=9)
+    for ax, title in zip(axs[0], titles): ax.set_title(title, fontsize=9)
     return axs
+
+# %% ../nbs/42_plots.ipynb #81d5876a
+def _as_frozen(student, teacher):
+    "The teacher as this student hears it"
+    if isinstance(teacher, Frozen): return teacher
+    if not isinstance(teacher, Learner): return Frozen(teacher)
+    return from_learner(teacher, student) if isinstance(student, Learner) else Frozen(teacher.model)
+
+def plot_activations(
+    student, # Model or `Learner`
+    teacher, # Model, `Learner` or `Frozen`
+    xb, # Inputs as the student sees them, without labels: a tensor `(bs, ...)`, or a tuple for models with several inputs
+    layers_s, # Student layer or list of them; a layer may be in several pairs
+    layers_t, # The teacher's, as many
+    n:int=4, # Samples to show at most, at least 1
+    axs=None, # Matplotlib axes, `n` rows of `1 + 2*n_pairs`; new ones by default
+):
+    "Attention maps of paired layers beside the input, a row per sample; returns the axes"
+    xb, layers_s, layers_t = (xb,) if isinstance(xb, Tensor) else tuple(xb), listify(layers_s), listify(layers_t)
+    if len(layers_s) != len(layers_t): raise ValueError(f'{len(layers_s)} student layer(s) for {len(layers_t)} of the teacher: name pairs')
+    if n < 1 or not len(xb[0]): raise ValueError(f'nothing to show: n is at least 1, not {n}, and xb has {len(xb[0])} sample(s)')
+    xb, teacher = tuple(x[:n].as_subclass(Tensor) if isinstance(x, Tensor) else x for x in xb), _as_frozen(student, teacher)
+    of_s, of_t = _maps('student', student, xb, layers_s), _maps('teacher', teacher.module, teacher.seen(xb), layers_t)
+    columns = [('input', [*map(_as_shown, xb[0].detach().cpu())])]
+    for s, t in zip(layers_s, layers_t): columns += [(f'student: {s}', of_s[s]), (f'teacher: {t}', of_t[t])]
+    return _draw(columns, axs)

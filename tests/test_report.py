@@ -1,14 +1,18 @@
 "What a report says, against counts and formulas by hand, and that it leaves everything as it was."
 import copy, math, pytest, random, torch, torch.nn.functional as F
+from contextlib import nullcontext
 from fastai.basics import BCEWithLogitsLossFlat, CrossEntropyLossFlat, L, Learner, MSELossFlat, mae
-from fastai.callback.progress import ProgressCallback
+from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.tracker import SaveModelCallback
+from fastai.metrics import accuracy
 from fastkd.all import KnowledgeDistillationCallback, SoftTarget
 from fastkd.plots import AgreementCallback, plot_activations
-from fastkd.report import divergence, file_bytes, latencies, log_probabilities, macs, peak_bytes, report, threads
+from fastkd.report import divergence, file_bytes, latencies, log_probabilities, macs, peak_bytes, report, tally, threads
+from fastkd.stored import StoredTeacher
+from functools import partial
 from io import BytesIO
-from helpers import (At, convnet, digits, fitted, is_unchanged, learner, loaders, n_hooks, named_learner, quiet, raising, same, seeded,
-    state, trained_teacher, weights)
+from helpers import (At, convnet, digits, error_of, fitted, is_unchanged, learner, loaders, n_hooks, named_learner, quiet, raising, same,
+    seeded, state, trained_teacher, weights)
 from torch import nn
 from torchmetrics.functional import calibration_error
 
@@ -47,6 +51,16 @@ def test_unsure_teachers_and_logits_of_minus_infinity():
     log_s, log_t = (log_probabilities(torch.tensor([row])) for row in ([0., 0, 0], [0., 0, -math.inf]))
     assert close(divergence(log_s, log_t).tolist(), [math.log(1.5)]) and divergence(log_t, log_t).tolist() == [0]
     assert log_probabilities(torch.zeros(2, 3, dtype=torch.float16)).dtype == torch.float32
+    endless = tally(log_t, log_s, torch.tensor([0])) # where the teacher is right, nothing stands among its errors
+    assert endless[0].tolist() == [1, 1, 1, 1, math.inf, 0, 0, 0]
+
+def test_ignored_positions_may_be_infinitely_far():
+    x, y = torch.zeros(4, 2), torch.tensor([0, 1, 1, -100])
+    dls = loaders(list(zip(x, y)), bs=4)
+    class Sure(nn.Linear):
+        def forward(self, x): return super().forward(x) + torch.where(torch.arange(4)[:, None] == 3, torch.tensor([0., -math.inf]), 0.)
+    found = report(quiet(Learner(dls, Sure(2, 2), CrossEntropyLossFlat())), seeded(nn.Linear, 2, 2), batch_sizes=4, n_runs=0)
+    assert found.kl.isfinite().all() and found.kl[3] == 0
 
 def test_pixels_and_ignored_ones():
     "A class at each pixel, of which some do not count"
@@ -63,7 +77,50 @@ def test_pixels_and_ignored_ones():
     kl = F.kl_div(z_s.log_softmax(1), z_t.log_softmax(1), reduction='none', log_target=True).sum(1)
     assert close(found.kl.tolist(), kl.view(8, -1).mean(1).tolist())
     assert found.classes['count'].sum() == keep.sum()
+    expected = calibration_error(z_s.softmax(1), y.flatten()[keep], 'multiclass', n_bins=15, num_classes=3)
+    assert close(found.table.student['calibration error, %'], 100*expected.item())
     with pytest.raises(ValueError, match='many labels'): found.disagreements()
+
+def test_ignored_labels_of_a_partial():
+    "A function that leaves out a label, as a loss of torch or fastai does"
+    learn, agreement = learner(loss_func=partial(F.cross_entropy, ignore_index=9)), AgreementCallback(trained_teacher())
+    found, (_, y) = report(learn, trained_teacher(), n_runs=0), predictions(learn.model, learn.dls.valid)
+    assert found.classes['count'].tolist() == y[y != 9].bincount(minlength=10).tolist()
+    learn.fit(1, cbs=agreement)
+    (z_s, _), (z_t, _) = (predictions(model, learn.dls.valid) for model in (learn.model, trained_teacher()))
+    assert close(agreement.history['teacher_agreement'], [(z_s.argmax(1) == z_t.argmax(1))[y != 9].float().mean().item()])
+
+def test_metrics_of_any_name():
+    "fastai's accuracy is what a report computes itself; what is only called so, or like a row, or like another metric, is kept"
+    def constant(name, value):
+        def metric(pred, y): return torch.tensor(value)
+        metric.__name__ = name
+        return metric
+    mine = [('accuracy', .125), ('parameters', 7.), ('loss', 3.), ('f1_score', .25), ('f1_score', .5), ('f1_score', .75)]
+    student = learner(metrics=[accuracy, *[constant(*o) for o in mine]])
+    table = report(student, trained_teacher(), n_runs=0).table
+    assert table.index[3:9].tolist() == ['accuracy', 'parameters#2', 'loss#2', 'f1_score', 'f1_score#2', 'f1_score#3']
+    assert table.student[3:9].tolist() == table.teacher[3:9].tolist() == [value for _, value in mine]
+    assert table.student['parameters'] == sum(p.numel() for p in student.model.parameters())
+    expected = by_hand(student.model, trained_teacher(), student.dls.valid)
+    for name in ('accuracy, %', 'loss'): assert close(table.loc[name].tolist()[:2], expected[name])
+
+class Keeping(nn.Module):
+    "A model that remembers its last input, and how many there were"
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.n = model, 0
+
+    def forward(self, x):
+        self.last, self.n = x, self.n + 1
+        return self.model(x)
+
+def test_batches_are_made_from_the_first_one():
+    "The last batch of a loader may be a small one"
+    student, dl = learner(Keeping(seeded(convnet, 4))), loaders(digits()[:29], bs=25).valid
+    report(student, trained_teacher(), dl=dl, batch_sizes=30, n_runs=1)
+    first = next(iter(dl))[0]
+    assert torch.equal(student.model.last, torch.cat([first, first[:5]]))
 
 def test_vocab_and_statistics_of_the_teacher():
     "A teacher with its classes in another order and images in another scale says the same"
@@ -95,6 +152,21 @@ def test_nothing_changes(tmp_path):
     assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1]) and student.dls.train.rng.getstate() == rng
     assert student.recorder.values == values and list(student.metrics) == metrics and {id(cb) for cb in student.cbs} == cbs
     assert not (tmp_path/'models'/'model.pth').exists() and torch.backends.mha.get_fastpath_enabled()
+
+@pytest.mark.parametrize('exc', [None, RuntimeError])
+def test_the_last_fit_is_remembered(tmp_path, exc):
+    "What learner, recorder and metrics hold, and the order of callbacks: a CSVLogger after the bar writes the next fit's lines, too"
+    student, teacher = learner(path=tmp_path).add_cbs([ProgressCallback(), CSVLogger()]), Keeping(trained_teacher())
+    with student.no_mbar(): student.fit(1)
+    cbs, known, held = [*student.cbs], {**vars(student)}, lambda: [o.value for o in (student.recorder.loss, *student.metrics)]
+    values, rng = held(), student.dls.train.rng
+    if exc is not None: teacher.forward = raising(exc)
+    with nullcontext() if exc is None else pytest.raises(exc): report(student, teacher, dl=student.dls.train, n_runs=0)
+    assert student.dls.train.rng is rng and student.progress.run and held() == values
+    assert [*map(id, student.cbs)] == [*map(id, cbs)]
+    assert vars(student).keys() == known.keys() and all(value is known[name] for name, value in vars(student).items())
+    with student.no_mbar(): student.fit(1)
+    assert len((tmp_path/'history.csv').read_text().splitlines()) == 2
 
 def test_nothing_stays_after_an_error():
     student, teacher = learner(), trained_teacher()
@@ -161,6 +233,9 @@ def test_turns_and_threads():
     calls = []
     taken = latencies({name: lambda name=name: calls.append((name, torch.get_num_threads())) for name in 'ab'}, 4)
     assert [name for name, _ in calls] == list('ab'*7) and [len(o) for o in taken.values()] == [4, 4]
+    fast = dict.fromkeys('ab', int)
+    assert [len(o) for o in latencies(fast).values()] == [100, 100]
+    assert [len(o) for o in latencies(fast, seconds=0).values()] == [30, 30]
     with pytest.raises(KeyError), threads(2): raise KeyError(torch.get_num_threads())
     assert torch.get_num_threads() == 1
 
@@ -170,13 +245,37 @@ def test_plot():
     assert len(ax.patches) == (found.table['student/teacher'] > 0).sum() and ax.get_xscale() == 'log'
     assert [bar.get_width() + 1 for bar in ax.patches] == pytest.approx(found.table['student/teacher'].dropna().tolist())
     assert len(found.plot('parameters').patches) == 1
+    assert math.isnan(found.table['student/teacher']['latency p95, ms (bs 2, CPU threads: 1)'])
+    for row in ('agreement, %', 'agreement'):
+        with pytest.raises(ValueError, match=f"'{row}' is no row with a ratio above 0; those are accuracy, %, "): found.plot(['loss', row])
     ms = found.table.loc['latency p50, ms (bs 2, CPU threads: 1)'].student
     assert close(found.table.loc['throughput, samples/s (bs 2, CPU threads: 1)'].student, 2000/ms)
 
-def test_errors(monkeypatch):
+def test_errors():
     with pytest.raises(TypeError, match='learners, or one of them'): report(convnet(4), convnet(4))
     with pytest.raises(TypeError, match='a Learner, a module or Frozen'): report(learner(), 'teacher')
     with pytest.raises(ValueError, match='other shapes'): report(learner(), convnet(4, n_out=7))
+    dl = learner().dls.valid.new(bs=50, drop_last=True)
+    with pytest.raises(ValueError, match='the loader has no batch'): report(learner(), convnet(4), dl=dl)
+
+@pytest.mark.parametrize('name,value', [('batch_sizes', ()), ('batch_sizes', None), ('batch_sizes', 0), ('batch_sizes', (1, 2.5)),
+    ('n_runs', -1), ('n_threads', 0), ('n_threads', ())])
+def test_numbers_that_make_no_sense(name, value):
+    "Are refused before anything runs"
+    student, seen = learner(), []
+    student.add_cb(At('before_batch', seen.append, nth=0))
+    with pytest.raises(ValueError, match=f'{name}: whole numbers of at least'): report(student, convnet(4), **{name: value})
+    assert not seen
+
+def test_repeated_numbers_are_measured_once():
+    once, again = Keeping(convnet(4)), Keeping(convnet(4))
+    report(learner(), once, batch_sizes=2, n_threads=1, n_runs=1)
+    found = report(learner(), again, batch_sizes=[2, 2], n_threads=[1, 1], n_runs=1)
+    assert again.n == once.n > 0
+    for k in (0, -1):
+        with pytest.raises(ValueError, match='k: whole numbers of at least 1'): found.disagreements(k)
+
+def test_torchmetrics_is_an_extra(monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'torchmetrics.classification', None)
     with pytest.raises(ImportError, match=r'pip install "fastkd\[report\]"'): report(learner(), convnet(4))
 
@@ -219,6 +318,12 @@ def test_agreement_of_learners_with_other_orders():
     z_s, z_t = student.model.eval()(x), teacher.model.eval()(x).flip(1)
     assert close(agreement.history['teacher_agreement'], [(z_s.argmax(1) == z_t.argmax(1)).float().mean().item()])
 
+def test_agreement_is_refused_before_training():
+    "Models of other classes, and teachers that a validation cannot ask"
+    said = error_of(ValueError, learner(), AgreementCallback(convnet(4, n_out=7)))
+    assert 'student and teacher predict other shapes, (1, 10) and (1, 7)' in said
+    assert 'asks for index' in error_of(ValueError, learner(), AgreementCallback(StoredTeacher(torch.zeros(100, 10))))
+
 # ---- Activations
 
 def test_activations_are_drawn():
@@ -232,3 +337,21 @@ def test_activations_are_drawn():
     assert close(shown.flatten().tolist(), F.normalize(hidden.flatten(1)).flatten().tolist())
     for layers, said in ((['block1'], 'name pairs'), (['head.3', 'block1'], 'vectors'), (['blok1', 'block2'], 'block1')):
         with pytest.raises(ValueError, match=said): plot_activations(student, teacher, x, layers, ['block1', 'block2'])
+
+def test_activations_of_a_teacher_with_other_statistics():
+    "A learner as teacher gets its own scale, as in training; a layer in two pairs is drawn twice"
+    teacher, student = named_learner(seeded(convnet, 8), stats=([.2], [.5])), named_learner(seeded(convnet, 4))
+    x, _ = student.dls.valid.one_batch()
+    with pytest.warns(UserWarning, match='other statistics'):
+        axs = plot_activations(student, teacher, x, ['block1', 'block1'], ['block1', 'block2'], n=2)
+    assert axs.shape == (2, 5)
+    shown = lambda i: torch.tensor(axs[1, i].images[0].get_array())
+    hidden = teacher.model.eval().block1((x[1:2].as_subclass(torch.Tensor) - .2)/.5).pow(2).mean(1)
+    assert close(shown(2).flatten().tolist(), F.normalize(hidden.flatten(1)).flatten().tolist())
+    assert torch.equal(shown(1), shown(3)) and shown(4).shape == (4, 4)
+    assert [ax.get_title() for ax in axs[0, 1:]] == ['student: block1', 'teacher: block1', 'student: block1', 'teacher: block2']
+
+@pytest.mark.parametrize('n,n_samples', [(0, 3), (-1, 3), (2, 0)])
+def test_no_sample_to_draw(n, n_samples):
+    with pytest.raises(ValueError, match=f'nothing to show: n is at least 1, not {n}, and xb has {n_samples} sample'):
+        plot_activations(convnet(4), convnet(4), torch.zeros(n_samples, 1, 8, 8), 'block1', 'block1', n=n)
