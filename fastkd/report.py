@@ -25,6 +25,7 @@ from .learners import class_names, from_learner
 from .losses.core import _tensors, to_rows
 from .modules import evaluating, logits, unwrap_model
 from .shared import needed
+from .statistics import is_lower_better
 from .teachers import Frozen
 
 # %% ../nbs/41_report.ipynb #8b7ec54f
@@ -447,6 +448,7 @@ def report(
     sizes, n_threads = _whole('batch_sizes', batch_sizes), _whole('n_threads', torch.get_num_threads() if n_threads is None else n_threads)
     learn = _as_learner(student, teacher)
     teacher, dl = _as_frozen(teacher, learn), learn.dls.valid if dl is None else dl
+    if not len(dl.dataset): raise ValueError('the learner was loaded, and has no data: report(student, teacher, dl=dls.valid)')
     with as_found([learn.model, teacher.module], dl):
         teacher.to(next(learn.model.parameters(), torch.empty(0)).device)
         comparison = compared(learn, teacher, dl)
@@ -470,7 +472,7 @@ def plot(self:Report,
     measures=None, # Names of rows to draw, with a ratio above 0, else a ValueError; by default all that have one
     ax=None, # A matplotlib axis; a new one by default
 ):
-    "Student over teacher, as bars on a logarithmic scale; returns the axis"
+    "Student over teacher, as bars on a logarithmic scale: blue is better, orange is worse, grey is unknown; returns the axis"
     import matplotlib.pyplot as plt
     ratios = self.table['student/teacher']
     ratios = ratios[ratios > 0]
@@ -478,11 +480,12 @@ def plot(self:Report,
         raise ValueError(f"'{missing[0]}' is no row with a ratio above 0; those are {', '.join(ratios.index)}")
     if measures is not None: ratios = ratios[listify(measures)]
     ax = ax or plt.subplots(figsize=(7, .6 + .3*len(ratios)), layout='constrained')[1]
-    bars = ax.barh(ratios.index, ratios - 1, left=1)
+    better = [None if (lower := is_lower_better(name)) is None else lower == (ratio < 1) for name, ratio in ratios.items()]
+    bars = ax.barh(ratios.index, ratios - 1, left=1, color=[{None: 'grey', True: 'tab:blue', False: 'tab:orange'}[o] for o in better])
     ax.bar_label(bars, [f'{ratio:.3g}×' for ratio in ratios], padding=3, fontsize=8)
     ax.axvline(1, color='black', lw=.8)
-    ax.set(xscale='log', xlabel='student / teacher')
-    ax.margins(x=.25)
+    ax.set(xscale='log', xlabel='student / teacher (blue: better)')
+    ax.margins(x=.4) # room for the labels
     ax.invert_yaxis()
     return ax
 
@@ -506,7 +509,8 @@ def plot_disagreements(self:Report,
     k:int=9, # How many samples, at least 1
     **kwargs, # Settings of fastai's `plot_top_losses`, such as `figsize`
 ):
-    "Show the samples on which student and teacher are furthest apart; the loss in their titles is the divergence in nats"
+    "Show the samples on which student and teacher are furthest apart: the student's prediction, the label, the divergence in nats"
+    import matplotlib.pyplot as plt
     _whole('k', [k])
     if self.kl is None: raise ValueError(self.note)
     if not hasattr(self.dl, 'show_batch') or len(self.kl) != len(self.dl.dataset):
@@ -514,3 +518,5 @@ def plot_disagreements(self:Report,
     models = [self.learn.model]
     with as_found(models, self.dl), undisturbed(self.learn):
         Interpretation(self.learn, self.dl, self.kl).plot_top_losses(min(k, len(self.kl)), **kwargs)
+    if plt.get_fignums() and 'Loss' in plt.gcf().get_suptitle(): # of images; other data are shown as tables
+        plt.gcf().suptitle('Student / label / KL from the teacher / probability', weight='bold', size=14)
