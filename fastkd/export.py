@@ -166,29 +166,58 @@ def _slim(file):
     onnx.save(model, file)
 
 # %% ../nbs/43_export.ipynb #9e376b7e
+_DYNAMIC = ['MatMul', 'Attention', 'LSTM', 'Gather', 'EmbedLayerNormalization', 'Transpose'] # all that ONNX Runtime has but Conv
+
 class _Batches:
-    "Calibration batches as ONNX Runtime reads them"
+    "The first batches of a loader as ONNX Runtime reads them"
     def __init__(self, dl, names, n_batches): self.names, self.batches = names, iter(islice(dl, n_batches))
     def get_next(self):
         batch = next(self.batches, None)
         if batch is None: return None
-        return {name: x.as_subclass(Tensor).cpu().numpy() for name, x in zip(self.names, _tensors(tuple(batch)))}
+        return {name: x.as_subclass(Tensor).cpu().numpy() for name, x in zip(self.names, _tensors(batch))}
+
+def _rounded(source, made, batches):
+    "Write down the model of eight bits"
+    quantization = _need('onnxruntime.quantization')
+    ready, settings = made.with_name(f'{made.stem}.ready.onnx'), dict(per_channel=True, weight_type=quantization.QuantType.QInt8)
+    ready.write_bytes(source.content)
+    _need('onnxruntime.quantization.shape_inference').quant_pre_process(str(ready), str(ready), skip_symbolic_shape=True)
+    _slim(ready)
+    if batches is None: quantization.quantize_dynamic(str(ready), str(made), op_types_to_quantize=_DYNAMIC, **settings)
+    else: quantization.quantize_static(str(ready), str(made), batches, **settings)
+    kinds = _need('onnx').TensorProto
+    if not any(o.data_type in (kinds.INT8, kinds.UINT8) for o in _need('onnx').load(made).graph.initializer): raise ValueError(
+        f'nothing in {source} became integers: convolutions need calibration batches, such as `learn.dls.train`')
+
+# %% ../nbs/43_export.ipynb #cd17ab27
+def _lost(source, small, batches):
+    "Squared error of the logits as a part of their variation from sample to sample; infinite where there is none"
+    sums, error = {}, 0. # sums by shape, since texts have many lengths
+    while (values := batches.get_next()) is not None:
+        xb = [torch.from_numpy(o) for o in values.values()]
+        exact, rounded = (model(*xb).double() for model in (source, small))
+        first, n, total, squares = sums.get(exact.shape[1:], (exact[0], 0, 0., 0.))
+        moved = exact - first # samples that are all the same vary by 0, and not by a rounding error
+        sums[exact.shape[1:]] = first, n + len(exact), total + moved.sum(0), squares + moved.pow(2).sum(0)
+        error += (rounded - exact).pow(2).sum().item()
+    variation = sum((squares - total**2/n).clamp(min=0).sum().item() for _, n, total, squares in sums.values())
+    return error/variation if variation else torch.inf
 
 def quantize_onnx(
     model, # What `export_onnx` returned, or its file
-    file, # Where the model of eight bits goes, such as 'student.int8.onnx'
+    file, # Where the model of eight bits goes, such as 'student.int8.onnx'; a ValueError where `model` stands there
     dl=None, # Calibration batches, such as `learn.dls.train`, for static quantization; None for the dynamic one
-    n_batches:int=10, # How many of them are used
+    n_batches:int=10, # How many of them are used, and how many of `valid`
+    valid=None, # Batches to check the file with, such as `learn.dls.valid`; by default those of `dl`
+    limit:float=.1, # Largest error, as a part of the logits' variance from sample to sample; a RuntimeError above it, and no file
 ) -> OnnxModel: # The file as a model
-    "Save an exported model with weights of eight bits"
-    quantization, source = _need('onnxruntime.quantization'), model if isinstance(model, OnnxModel) else OnnxModel(model)
-    names = [o.name for o in source.session().get_inputs()]
-    settings = dict(per_channel=True, weight_type=quantization.QuantType.QInt8)
+    "Save an exported model with weights of eight bits, and check what it says"
+    source = model if isinstance(model, OnnxModel) else OnnxModel(model)
+    if Path(file).resolve() == source.file.resolve(): raise ValueError(f'{source} would be overwritten: give another file')
+    names, valid = [o.name for o in source.session().get_inputs()], dl if valid is None else valid
     with _beside(file, '.onnx') as made:
-        ready = made.with_name('ready.onnx')
-        _need('onnxruntime.quantization.shape_inference').quant_pre_process(str(source.file), str(ready), skip_symbolic_shape=True)
-        _slim(ready)
-        if dl is None: quantization.quantize_dynamic(str(ready), str(made), **settings)
-        else:
-            with as_found([], dl): quantization.quantize_static(str(ready), str(made), _Batches(dl, names, n_batches), **settings)
+        with as_found([], dl): _rounded(source, made, None if dl is None else _Batches(dl, names, n_batches))
+        with as_found([], valid): lost = 0. if valid is None else _lost(source, OnnxModel(made), _Batches(valid, names, n_batches))
+        if not lost <= limit: raise RuntimeError(f'in eight bits the error of the logits is {lost:.2g} of their variance from sample to '
+            f'sample, more than {limit=:g}: it was not kept. Calibration batches are as the student sees them, and many unlike ones')
     return OnnxModel(file)

@@ -4,7 +4,7 @@ from fastai.basics import CrossEntropyLossFlat, Learner, set_seed
 from fastai.metrics import accuracy
 from fastkd.all import FitNet, KnowledgeDistillationCallback, SoftTarget
 from fastkd.demo import digits
-from fastkd.export import OnnxModel, export_onnx, export_program, quantize_onnx, traced
+from fastkd.export import OnnxModel, _lost, export_onnx, export_program, quantize_onnx, traced
 from fastkd.report import report
 from functools import cache
 from helpers import At, convnet, fitted, is_unchanged, learner, loaders, n_hooks, quiet, same, seeded, state, trained_teacher, weights
@@ -128,6 +128,8 @@ def test_nested_inputs(tmp_path):
     copied = lambda: {name: x.clone() for name, x in fields.items()}
     expected = learn.model(copied())
     for model in (made, program): assert torch.allclose(model(copied()), expected, atol=1e-5)
+    small = quantize_onnx(made, tmp_path/'int8.onnx', learn.dls.train, limit=1)
+    assert torch.allclose(small(fields), expected, atol=.2)
 
 class Busy(nn.Module):
     "Counts its calls and draws numbers, in evaluation as well"
@@ -186,6 +188,47 @@ def test_accuracy_of_files(name, tmp_path):
     if name == 'transformer': assert int8.file.stat().st_size < .6*exported.file.stat().st_size # a tiny CNN is mostly its graph
     kinds = {o.data_type for o in onnx.load(int8.file).graph.initializer if len(o.dims) > 1}
     assert onnx.TensorProto.INT8 in kinds
+
+def kinds(model): return {o.op_type for o in onnx.load(model.file).graph.node}
+
+def test_eight_bits_are_checked(tmp_path):
+    "Calibration without content is seen by itself, too narrow ranges by other data; a file that says something else is not kept"
+    learn = trained('cnn')
+    source, x = export_onnx(learn, tmp_path/'student.onnx'), learn.dls.valid.one_batch()[0]
+    for dl in ([(x*0,)], [(x[:1].expand(20, -1, -1, -1),)], [x*0]):
+        with pytest.raises(RuntimeError, match='inf of their variance .* it was not kept'): quantize_onnx(source, tmp_path/'int8.onnx', dl)
+    with pytest.raises(RuntimeError, match='it was not kept'): quantize_onnx(source, tmp_path/'int8.onnx', [(x/4,)], valid=learn.dls.valid)
+    with pytest.raises(RuntimeError, match='more than limit=-1'): quantize_onnx(source, tmp_path/'int8.onnx', valid=[x], limit=-1)
+    assert [o.name for o in tmp_path.iterdir()] == ['student.onnx']
+    before = learn.dls.train.rng.getstate(), torch.get_rng_state()
+    quantize_onnx(source, tmp_path/'ready.onnx', learn.dls.train, valid=learn.dls.valid, limit=.05)
+    assert learn.dls.train.rng.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+
+def test_what_is_lost():
+    "Squared error over variance, whatever the batches, with lengths that vary"
+    samples = [torch.randn(n, length, 5) for n, length in [(4, 3), (2, 3), (1, 3), (3, 2)]]
+    feed = iter([dict(x=o.numpy()) for o in samples])
+    class Batches:
+        def get_next(self): return next(feed, None)
+    groups = [torch.cat(samples[:3]), samples[3]]
+    expected = sum(.01*o.numel() for o in groups)/sum((o - o.mean(0)).pow(2).sum() for o in groups)
+    assert _lost(lambda x: x, lambda x: x + .1, Batches()) == pytest.approx(expected.item(), rel=1e-4)
+
+def test_a_file_is_not_its_own_source(tmp_path):
+    made = export_onnx(small(), tmp_path/'student.onnx')
+    (tmp_path/'link.onnx').symlink_to(made.file)
+    for file in (str(made.file), tmp_path/'a'/'..'/'student.onnx', tmp_path/'link.onnx'):
+        for model in (made, made.file):
+            with pytest.raises(ValueError, match=r'OnnxModel\(student.onnx\) would be overwritten'): quantize_onnx(model, file)
+    assert made.file.read_bytes() == made.content
+
+def test_the_dynamic_way_leaves_convolutions(tmp_path):
+    int8 = quantize_onnx(export_onnx(small(), tmp_path/'student.onnx'), tmp_path/'int8.onnx')
+    assert {'Conv', 'MatMulInteger'} <= kinds(int8) and 'ConvInteger' not in kinds(int8)
+    alone = small(model=nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten()))
+    source = export_onnx(alone, tmp_path/'alone.onnx')
+    with pytest.raises(ValueError, match='nothing in .*alone.onnx.* became integers: convolutions need'): quantize_onnx(source, tmp_path/'none.onnx')
+    assert not (tmp_path/'none.onnx').exists()
 
 def test_a_model_stays_what_its_file_was(tmp_path):
     "When the file is written anew or goes, whatever the number of threads"
