@@ -12,52 +12,87 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from fastai.torch_core import no_random
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map, tree_map_only
+from .itself import _copied
 from .losses.core import _tensors
-from .modules import evaluating, logits, unwrap_model
+from .modules import logits, unwrap_model
 from .report import as_found, step_by_step
 from .shared import needed
 
 # %% ../nbs/43_export.ipynb #fdae0bb9
-class _Predictor(nn.Module):
-    "A model that returns nothing but its prediction"
-    def __init__(self, model, find):
+class _Student(nn.Module):
+    "A copy of the student, on the CPU and in evaluation, that returns nothing but its prediction"
+    def __init__(self, learn, find):
         super().__init__()
-        self.model, self.find = model, find
+        self.model, self.find = _copied(unwrap_model(learn.model)), find
+        self.cpu().eval()
 
     def forward(self, *xb): return self.find(self.model(*xb))
 
-def _inputs(learn, n=None):
-    "Inputs of the first validation batch"
+@contextmanager
+def _apart():
+    "No gradients, no autocast, and no random numbers that a training would miss"
+    with torch.no_grad(), torch.autocast('cpu', enabled=False), no_random(reproducible=False): yield
+
+# %% ../nbs/43_export.ipynb #2ed5a188
+def _inputs(learn):
+    "Inputs of the first validation batch, nested as the model takes them"
     dl = learn.dls.valid
     with as_found([], dl): batch = dl.one_batch()
-    xb = batch[:getattr(learn.dls, 'n_inp', max(1, len(batch) - 1))] if isinstance(batch, (tuple, list)) else (batch,)
-    xb = tuple(x.as_subclass(Tensor) for x in _tensors(tuple(xb)))
-    if not xb: raise ValueError('the validation batches have no input to trace the model with')
-    return tuple(x[torch.arange(n) % len(x)] for x in xb) if n else xb
+    xb = tuple(batch[:getattr(learn.dls, 'n_inp', max(1, len(batch) - 1))]) if isinstance(batch, (tuple, list)) else (batch,)
+    if not _tensors(xb): raise ValueError('the validation batches have no input to trace the model with')
+    return tree_map_only(Tensor, lambda x: x.as_subclass(Tensor).cpu(), xb)
+
+def _samples(xb, n): return tree_map_only(Tensor, lambda x: x[torch.arange(n) % len(x)], xb) # copies: a model may write to its input
 
 def traced(
     learn, # The student's `Learner`
     logits=logits, # Finds the prediction in what the model returns
     dynamic=None, # Further dimensions of the inputs that vary, by name: `{1: 'length'}` for texts
-) -> torch.export.ExportedProgram: # Takes batches of any size
+) -> torch.export.ExportedProgram: # Takes batches of any size, on the CPU; its weights are the student's as they are now
     "The student's forward pass as a program"
-    xb, model = _inputs(learn, 2), _Predictor(unwrap_model(learn.model), logits)
-    vary = {i: torch.export.Dim(name) for i, name in {0: 'batch', **(dynamic or {})}.items()}
-    shapes = tuple({i: dim for i, dim in vary.items() if i < x.ndim} for x in xb)
-    with evaluating(model), torch.no_grad(), step_by_step(): program = torch.export.export(model, xb, dynamic_shapes=dict(xb=shapes))
-    return program
+    xb, vary = _samples(_inputs(learn), 2), {i: torch.export.Dim(name) for i, name in {0: 'batch', **(dynamic or {})}.items()}
+    shapes = tree_map(lambda x: {i: dim for i, dim in vary.items() if i < x.ndim} if isinstance(x, Tensor) else None, xb)
+    with _apart(), step_by_step(): return torch.export.export(_Student(learn, logits), xb, dynamic_shapes=dict(xb=shapes))
+
+# %% ../nbs/43_export.ipynb #d6442145
+@contextmanager
+def _beside(file, suffix):
+    "A temporary path that becomes `file` when all went well"
+    file = Path(file)
+    if file.suffix != suffix: raise ValueError(f"the name of such a file ends in '{suffix}', and not as '{file.name}' does")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        yield Path(folder)/file.name
+        os.replace(Path(folder)/file.name, file)
+
+def _check(exported, learn, logits, tolerance):
+    "Raise unless `exported` says what torch says"
+    xb, student = _inputs(learn), _Student(learn, logits)
+    for n in (1, 3, len(_tensors(xb)[0])):
+        said, expected = (model(*_samples(xb, n)).float() for model in (exported, student))
+        if said.shape != expected.shape:
+            raise RuntimeError(f'for a batch of {n} the exported file returns {tuple(said.shape)}, and the model {tuple(expected.shape)}: '
+                'it was not kept')
+        scale, difference = max(1., expected.abs().max().item()), (said - expected).abs().max().item()
+        if not difference <= tolerance*scale: raise RuntimeError(f'for a batch of {n} the exported file differs from the model by '
+            f'{difference:g}, more than {tolerance=:g} of {scale:g}: it was not kept')
 
 # %% ../nbs/43_export.ipynb #8b35f67f
 def export_program(
     learn, # The student's `Learner`
-    file, # Where the program goes, such as 'student.pt2'
+    file, # Where the program goes, such as 'student.pt2'; missing folders are made
     logits=logits, # Finds the prediction in what the model returns
     dynamic=None, # Further dimensions of the inputs that vary, as in `traced`
+    tolerance:float=1e-5, # Largest difference to the student, in logits, or as a part of the largest one above 1; RuntimeError beyond it
 ) -> Path: # The file
-    "Save the student for torch without its Python code"
-    torch.export.save(traced(learn, logits, dynamic), file)
+    "Save the student for torch without its Python code, for any batch size, and check what it says"
+    with _beside(file, '.pt2') as made, _apart():
+        torch.export.save(traced(learn, logits, dynamic), made)
+        _check(torch.export.load(made).module(), learn, logits, tolerance)
     return Path(file)
 
 # %% ../nbs/43_export.ipynb #bbeee83e
@@ -66,10 +101,11 @@ def _need(name): return needed(name, 'onnx', 'an ONNX file')
 class OnnxModel(nn.Module):
     "An ONNX file as a model that predicts"
     def __init__(self,
-        file, # Path of the file
+        file, # Path of the file, which is read here
     ):
         super().__init__()
         self.file, self.sessions = Path(file), {}
+        self.content = self.file.read_bytes()
         self.place = nn.Parameter(torch.empty(0), requires_grad=False) # fastai asks a parameter where its model is
         self.session() # an unreadable file says so here
 
@@ -77,20 +113,20 @@ class OnnxModel(nn.Module):
     def __getstate__(self): return {**self.__dict__, 'sessions': {}}
 
     def session(self):
-        "What runs the file with torch's number of threads"
+        "What runs the model with torch's number of threads"
         n_threads = torch.get_num_threads()
         if n_threads not in self.sessions:
             runtime = _need('onnxruntime')
             options = runtime.SessionOptions()
             options.intra_op_num_threads, options.log_severity_level = n_threads, 3
-            self.sessions[n_threads] = runtime.InferenceSession(str(self.file), options, providers=['CPUExecutionProvider'])
+            self.sessions[n_threads] = runtime.InferenceSession(self.content, options, providers=['CPUExecutionProvider'])
         return self.sessions[n_threads]
 
     def forward(self,
-        *xb, # Inputs of the exported model
+        *xb, # Inputs of the exported model, nested as it takes them
     ) -> Tensor: # Its prediction, on the device of the inputs
         "Predict"
-        session = self.session()
+        session, xb = self.session(), _tensors(xb)
         values = {o.name: x.detach().as_subclass(Tensor).cpu().numpy() for o, x in zip(session.get_inputs(), xb, strict=True)}
         return torch.from_numpy(session.run(None, values)[0]).to(xb[0].device)
 
@@ -98,21 +134,21 @@ class OnnxModel(nn.Module):
 @patch(as_prop=True)
 def costs(self:OnnxModel):
     "What `report` shows of the file"
-    stored = _need('onnx').load(self.file).graph.initializer
-    return dict(parameters=sum(torch.Size(o.dims).numel() for o in stored), bytes=self.file.stat().st_size, macs=None, peak=None)
+    stored = _need('onnx').load_from_string(self.content).graph.initializer
+    return dict(parameters=sum(torch.Size(o.dims).numel() for o in stored), bytes=len(self.content), macs=None, peak=None)
 
 # %% ../nbs/43_export.ipynb #e4dea14c
 def export_onnx(
     learn, # The student's `Learner`
-    file, # Where the model goes, such as 'student.onnx'
+    file, # Where the model goes, such as 'student.onnx'; missing folders are made
     logits=logits, # Finds the prediction in what the model returns
     dynamic=None, # Further dimensions of the inputs that vary, as in `traced`
-    tolerance:float=1e-5, # Largest difference to torch, for logits up to 1; relative to the largest one above
+    tolerance:float=1e-5, # Largest difference to the student, in logits, or as a part of the largest one above 1; RuntimeError beyond it
     opset:int=None, # Version of the operators; by default torch's choice
 ) -> OnnxModel: # The file as a model
     "Save the student alone as ONNX, for any batch size, and check what it says"
     for name in ('onnx', 'onnxscript', 'onnxruntime'): _need(name)
-    with _beside(file) as made:
+    with _beside(file, '.onnx') as made, _apart():
         program = traced(learn, logits, dynamic)
         names = [f'input_{i}' for i in range(len(program.graph_signature.user_inputs))]
         torch.onnx.export(program, f=str(made), input_names=names, output_names=['logits'], opset_version=opset, dynamo=True,
@@ -129,47 +165,59 @@ def _slim(file):
     del model.graph.value_info[:]
     onnx.save(model, file)
 
-# %% ../nbs/43_export.ipynb #e36602cc
-def _check(exported, learn, logits, tolerance):
-    "Raise unless the file says what torch says"
-    xb, model = _inputs(learn), unwrap_model(learn.model)
-    with evaluating(model), torch.no_grad(): expected = logits(model(*xb))
-    scale, difference = max(1., expected.abs().max().item()), (exported(*xb) - expected).abs().max().item()
-    if not difference <= tolerance*scale: raise RuntimeError(f'the exported file differs from the model by {difference:g}, more than '
-        f'{tolerance:g} of {scale:g}: it was not kept')
-
-@contextmanager
-def _beside(file):
-    "A temporary path that becomes `file` when all went well"
-    file = Path(file)
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        yield Path(folder)/file.name
-        os.replace(Path(folder)/file.name, file)
-
 # %% ../nbs/43_export.ipynb #9e376b7e
+_DYNAMIC = ['MatMul', 'Attention', 'LSTM', 'Gather', 'EmbedLayerNormalization', 'Transpose'] # all that ONNX Runtime has but Conv
+
 class _Batches:
-    "Calibration batches as ONNX Runtime reads them"
+    "The first batches of a loader as ONNX Runtime reads them"
     def __init__(self, dl, names, n_batches): self.names, self.batches = names, iter(islice(dl, n_batches))
     def get_next(self):
         batch = next(self.batches, None)
         if batch is None: return None
-        return {name: x.as_subclass(Tensor).cpu().numpy() for name, x in zip(self.names, _tensors(tuple(batch)))}
+        return {name: x.as_subclass(Tensor).cpu().numpy() for name, x in zip(self.names, _tensors(batch))}
+
+def _rounded(source, made, batches):
+    "Write down the model of eight bits"
+    quantization = _need('onnxruntime.quantization')
+    ready, settings = made.with_name(f'{made.stem}.ready.onnx'), dict(per_channel=True, weight_type=quantization.QuantType.QInt8)
+    ready.write_bytes(source.content)
+    _need('onnxruntime.quantization.shape_inference').quant_pre_process(str(ready), str(ready), skip_symbolic_shape=True)
+    _slim(ready)
+    if batches is None: quantization.quantize_dynamic(str(ready), str(made), op_types_to_quantize=_DYNAMIC, **settings)
+    else: quantization.quantize_static(str(ready), str(made), batches, **settings)
+    kinds = _need('onnx').TensorProto
+    if not any(o.data_type in (kinds.INT8, kinds.UINT8) for o in _need('onnx').load(made).graph.initializer): raise ValueError(
+        f'nothing in {source} became integers: convolutions need calibration batches, such as `learn.dls.train`')
+
+# %% ../nbs/43_export.ipynb #cd17ab27
+def _lost(source, small, batches):
+    "Squared error of the logits as a part of their variation from sample to sample; infinite where there is none"
+    sums, error = {}, 0. # sums by shape, since texts have many lengths
+    while (values := batches.get_next()) is not None:
+        xb = [torch.from_numpy(o) for o in values.values()]
+        exact, rounded = (model(*xb).double() for model in (source, small))
+        first, n, total, squares = sums.get(exact.shape[1:], (exact[0], 0, 0., 0.))
+        moved = exact - first # samples that are all the same vary by 0, and not by a rounding error
+        sums[exact.shape[1:]] = first, n + len(exact), total + moved.sum(0), squares + moved.pow(2).sum(0)
+        error += (rounded - exact).pow(2).sum().item()
+    variation = sum((squares - total**2/n).clamp(min=0).sum().item() for _, n, total, squares in sums.values())
+    return error/variation if variation else torch.inf
 
 def quantize_onnx(
     model, # What `export_onnx` returned, or its file
-    file, # Where the model of eight bits goes, such as 'student.int8.onnx'
+    file, # Where the model of eight bits goes, such as 'student.int8.onnx'; a ValueError where `model` stands there
     dl=None, # Calibration batches, such as `learn.dls.train`, for static quantization; None for the dynamic one
-    n_batches:int=10, # How many of them are used
+    n_batches:int=10, # How many of them are used, and how many of `valid`
+    valid=None, # Batches to check the file with, such as `learn.dls.valid`; by default those of `dl`
+    limit:float=.1, # Largest error, as a part of the logits' variance from sample to sample; a RuntimeError above it, and no file
 ) -> OnnxModel: # The file as a model
-    "Save an exported model with weights of eight bits"
-    quantization, source = _need('onnxruntime.quantization'), model if isinstance(model, OnnxModel) else OnnxModel(model)
-    names = [o.name for o in source.session().get_inputs()]
-    settings = dict(per_channel=True, weight_type=quantization.QuantType.QInt8)
-    with _beside(file) as made:
-        ready = made.with_name('ready.onnx')
-        _need('onnxruntime.quantization.shape_inference').quant_pre_process(str(source.file), str(ready), skip_symbolic_shape=True)
-        _slim(ready)
-        if dl is None: quantization.quantize_dynamic(str(ready), str(made), **settings)
-        else:
-            with as_found([], dl): quantization.quantize_static(str(ready), str(made), _Batches(dl, names, n_batches), **settings)
+    "Save an exported model with weights of eight bits, and check what it says"
+    source = model if isinstance(model, OnnxModel) else OnnxModel(model)
+    if Path(file).resolve() == source.file.resolve(): raise ValueError(f'{source} would be overwritten: give another file')
+    names, valid = [o.name for o in source.session().get_inputs()], dl if valid is None else valid
+    with _beside(file, '.onnx') as made:
+        with as_found([], dl): _rounded(source, made, None if dl is None else _Batches(dl, names, n_batches))
+        with as_found([], valid): lost = 0. if valid is None else _lost(source, OnnxModel(made), _Batches(valid, names, n_batches))
+        if not lost <= limit: raise RuntimeError(f'in eight bits the error of the logits is {lost:.2g} of their variance from sample to '
+            f'sample, more than {limit=:g}: it was not kept. Calibration batches are as the student sees them, and many unlike ones')
     return OnnxModel(file)

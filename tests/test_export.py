@@ -4,10 +4,10 @@ from fastai.basics import CrossEntropyLossFlat, Learner, set_seed
 from fastai.metrics import accuracy
 from fastkd.all import FitNet, KnowledgeDistillationCallback, SoftTarget
 from fastkd.demo import digits
-from fastkd.export import OnnxModel, export_onnx, export_program, quantize_onnx, traced
+from fastkd.export import OnnxModel, _lost, export_onnx, export_program, quantize_onnx, traced
 from fastkd.report import report
 from functools import cache
-from helpers import At, convnet, is_unchanged, learner, loaders, n_hooks, quiet, state, trained_teacher
+from helpers import At, convnet, fitted, is_unchanged, learner, loaders, n_hooks, quiet, same, seeded, state, trained_teacher, weights
 from torch import nn
 
 class Tokens(nn.Module):
@@ -55,9 +55,34 @@ def test_the_student_alone(tmp_path):
     assert b'site-packages' not in (tmp_path/'student.onnx').read_bytes() and b'helpers.py' not in (tmp_path/'student.onnx').read_bytes()
     assert [o.name for o in tmp_path.iterdir()] == ['student.onnx'] and n_hooks(learn.model) == 0
 
-def test_a_wrong_file_is_not_kept(tmp_path):
-    with pytest.raises(RuntimeError, match='was not kept'): export_onnx(small(), tmp_path/'student.onnx', tolerance=-1)
+EXPORTS = [(export_onnx, 'student.onnx'), (export_program, 'student.pt2')]
+
+@pytest.mark.parametrize('export,name', EXPORTS)
+def test_a_wrong_file_is_not_kept(export, name, tmp_path):
+    (tmp_path/name).write_bytes(b'the one before')
+    with pytest.raises(RuntimeError, match='was not kept'): export(small(), tmp_path/name, tolerance=-1)
+    assert [o.read_bytes() for o in tmp_path.iterdir()] == [b'the one before']
+
+class Alone(nn.Module):
+    "A model that treats a sample alone otherwise, as what normalizes over the batch does"
+    def __init__(self):
+        super().__init__()
+        self.model = convnet(4)
+
+    def forward(self, x): return self.model(x)*(2 if x.shape[0] == 1 else 1)
+
+def test_a_batch_of_one_is_checked(tmp_path):
+    with pytest.raises(RuntimeError, match='a batch of 1 the exported file differs'): export_onnx(small(model=Alone()), tmp_path/'a.onnx')
     assert [*tmp_path.iterdir()] == []
+
+@pytest.mark.parametrize('export,name', EXPORTS)
+def test_places_of_files(export, name, tmp_path):
+    "Said before the student is looked at: there is none; folders are made"
+    with pytest.raises(ValueError, match=r"ends in '\.(onnx|pt2)', and not as 'student\.bin' does"): export(None, tmp_path/'student.bin')
+    (tmp_path/'file').touch()
+    with pytest.raises(FileExistsError, match=f'{tmp_path}/file'): export(None, tmp_path/'file'/name)
+    export(small(), tmp_path/'a'/'b'/name)
+    assert [o.name for o in (tmp_path/'a'/'b').iterdir()] == [name]
 
 @pytest.mark.parametrize('name', ['onnx', 'onnxscript', 'onnxruntime'])
 def test_missing_packages(name, tmp_path, monkeypatch):
@@ -86,6 +111,60 @@ def test_programs(tmp_path):
         xb = torch.randn(n, 1, 8, 8), torch.randn(n, 3)
         assert torch.allclose(program(*xb), learn.model(*xb)['logits'], atol=1e-6)
 
+class Fields(nn.Module):
+    "One input, a dict, whose order is not that of its use; what it is given, it writes to"
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 10), nn.Linear(64, 10)
+
+    def forward(self, fields): return self.a(fields['a'].flatten(1)) - 2*self.b(fields['b'].sub_(.5).flatten(1))
+
+def test_nested_inputs(tmp_path):
+    items = [(dict(b=x, a=-x), y) for x, y in zip(*[o[:20] for o in digits()['pool']])]
+    learn = quiet(Learner(loaders(items, bs=10), Fields(), CrossEntropyLossFlat()))
+    made = export_onnx(learn, tmp_path/'student.onnx')
+    program = torch.export.load(export_program(learn, tmp_path/'student.pt2')).module()
+    fields = learn.dls.valid.one_batch()[0]
+    copied = lambda: {name: x.clone() for name, x in fields.items()}
+    expected = learn.model(copied())
+    for model in (made, program): assert torch.allclose(model(copied()), expected, atol=1e-5)
+    small = quantize_onnx(made, tmp_path/'int8.onnx', learn.dls.train, limit=1)
+    assert torch.allclose(small(fields), expected, atol=.2)
+
+class Busy(nn.Module):
+    "Counts its calls and draws numbers, in evaluation as well"
+    def __init__(self):
+        super().__init__()
+        self.model = convnet(4)
+        self.register_buffer('n_calls', torch.zeros(()))
+
+    def forward(self, x):
+        self.n_calls += 1
+        return self.model(x) + 0*torch.rand(x.shape[0], 1)
+
+@pytest.mark.parametrize('export,name', EXPORTS)
+def test_a_fit_goes_on_as_if_nothing_had_been(export, name, tmp_path):
+    "Between the student's prediction and what a loss makes of its layers, under autocast and with failures on the way"
+    found = []
+    def act(learn):
+        before = torch.get_rng_state()
+        with torch.autocast('cpu', torch.bfloat16): export(learn, tmp_path/name)
+        with pytest.raises(RuntimeError, match='not kept'): export(learn, tmp_path/name, tolerance=-1)
+        assert torch.equal(torch.get_rng_state(), before) and learn.model.training
+    for cbs in ([], [At('after_pred', act, order=-60)]):
+        cb = KnowledgeDistillationCallback(trained_teacher(), SoftTarget(T=2) + FitNet().on('model.block2', 'block2'))
+        learn = fitted(small(model=seeded(Busy)), [cb, *cbs], n_epoch=1)
+        found.append(weights(learn.model))
+        assert n_hooks(learn.model) == 0
+    assert same(*found)
+
+def test_a_program_is_the_student_of_that_moment():
+    learn = small()
+    x, program = learn.dls.valid.one_batch()[0], traced(learn).module()
+    before = program(x)
+    learn.fit(1, 1e-1)
+    assert torch.equal(program(x), before)
+
 def test_dimensions_that_vary():
     words = [(torch.randint(20, (6,)), 0) for _ in range(8)]
     model = nn.Sequential(nn.Embedding(20, 4), nn.Linear(4, 5))
@@ -109,6 +188,59 @@ def test_accuracy_of_files(name, tmp_path):
     if name == 'transformer': assert int8.file.stat().st_size < .6*exported.file.stat().st_size # a tiny CNN is mostly its graph
     kinds = {o.data_type for o in onnx.load(int8.file).graph.initializer if len(o.dims) > 1}
     assert onnx.TensorProto.INT8 in kinds
+
+def kinds(model): return {o.op_type for o in onnx.load(model.file).graph.node}
+
+def test_eight_bits_are_checked(tmp_path):
+    "Calibration without content is seen by itself, too narrow ranges by other data; a file that says something else is not kept"
+    learn = trained('cnn')
+    source, x = export_onnx(learn, tmp_path/'student.onnx'), learn.dls.valid.one_batch()[0]
+    for dl in ([(x*0,)], [(x[:1].expand(20, -1, -1, -1),)], [x*0]):
+        with pytest.raises(RuntimeError, match='inf of their variance .* it was not kept'): quantize_onnx(source, tmp_path/'int8.onnx', dl)
+    with pytest.raises(RuntimeError, match='it was not kept'): quantize_onnx(source, tmp_path/'int8.onnx', [(x/4,)], valid=learn.dls.valid)
+    with pytest.raises(RuntimeError, match='more than limit=-1'): quantize_onnx(source, tmp_path/'int8.onnx', valid=[x], limit=-1)
+    assert [o.name for o in tmp_path.iterdir()] == ['student.onnx']
+    before = learn.dls.train.rng.getstate(), torch.get_rng_state()
+    quantize_onnx(source, tmp_path/'ready.onnx', learn.dls.train, valid=learn.dls.valid, limit=.05)
+    assert learn.dls.train.rng.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+
+def test_what_is_lost():
+    "Squared error over variance, whatever the batches, with lengths that vary"
+    samples = [torch.randn(n, length, 5) for n, length in [(4, 3), (2, 3), (1, 3), (3, 2)]]
+    feed = iter([dict(x=o.numpy()) for o in samples])
+    class Batches:
+        def get_next(self): return next(feed, None)
+    groups = [torch.cat(samples[:3]), samples[3]]
+    expected = sum(.01*o.numel() for o in groups)/sum((o - o.mean(0)).pow(2).sum() for o in groups)
+    assert _lost(lambda x: x, lambda x: x + .1, Batches()) == pytest.approx(expected.item(), rel=1e-4)
+
+def test_a_file_is_not_its_own_source(tmp_path):
+    made = export_onnx(small(), tmp_path/'student.onnx')
+    (tmp_path/'link.onnx').symlink_to(made.file)
+    for file in (str(made.file), tmp_path/'a'/'..'/'student.onnx', tmp_path/'link.onnx'):
+        for model in (made, made.file):
+            with pytest.raises(ValueError, match=r'OnnxModel\(student.onnx\) would be overwritten'): quantize_onnx(model, file)
+    assert made.file.read_bytes() == made.content
+
+def test_the_dynamic_way_leaves_convolutions(tmp_path):
+    int8 = quantize_onnx(export_onnx(small(), tmp_path/'student.onnx'), tmp_path/'int8.onnx')
+    assert {'Conv', 'MatMulInteger'} <= kinds(int8) and 'ConvInteger' not in kinds(int8)
+    alone = small(model=nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten()))
+    source = export_onnx(alone, tmp_path/'alone.onnx')
+    with pytest.raises(ValueError, match='nothing in .*alone.onnx.* became integers: convolutions need'): quantize_onnx(source, tmp_path/'none.onnx')
+    assert not (tmp_path/'none.onnx').exists()
+
+def test_a_model_stays_what_its_file_was(tmp_path):
+    "When the file is written anew or goes, whatever the number of threads"
+    learn = small()
+    model, x = export_onnx(learn, tmp_path/'student.onnx'), learn.dls.valid.one_batch()[0]
+    before = model(x)
+    learn.fit(1, 1e-1)
+    export_onnx(learn, tmp_path/'student.onnx')
+    (tmp_path/'student.onnx').unlink()
+    torch.set_num_threads(2)
+    assert torch.allclose(pickle.loads(pickle.dumps(model))(x), before, atol=1e-5) and torch.allclose(model(x), before, atol=1e-5)
+    assert model.costs['bytes'] == len(model.content)
 
 @pytest.mark.slow
 def test_models_from_files_are_models(tmp_path):
