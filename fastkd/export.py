@@ -6,17 +6,19 @@
 __all__ = ['traced', 'export_program', 'OnnxModel', 'export_onnx', 'quantize_onnx']
 
 # %% ../nbs/43_export.ipynb #b3b9e25a
-import os, tempfile
+import json, os, tempfile
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 import torch
 from fastai.torch_core import no_random
+from fastai.basics import DataLoaders, Learner
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 from .itself import _copied
+from .learners import class_names
 from .losses.core import _tensors
 from .modules import logits, unwrap_model
 from .report import as_found, step_by_step
@@ -38,9 +40,11 @@ def _apart():
     with torch.no_grad(), torch.autocast('cpu', enabled=False), no_random(reproducible=False): yield
 
 # %% ../nbs/43_export.ipynb #2ed5a188
-def _inputs(learn):
-    "Inputs of the first validation batch, nested as the model takes them"
-    dl = learn.dls.valid
+def _inputs(learn, dl=None):
+    "Inputs of the first batch, nested as the model takes them"
+    if not isinstance(learn, Learner): raise TypeError(f'a Learner is exported, and not {type(learn).__name__}: its data are traced')
+    dl = learn.dls.valid if dl is None else dl
+    if not len(dl): raise ValueError('there is no batch to trace the model with: a learner that was loaded has no data, so give it dl=dls.valid')
     with as_found([], dl): batch = dl.one_batch()
     xb = tuple(batch[:getattr(learn.dls, 'n_inp', max(1, len(batch) - 1))]) if isinstance(batch, (tuple, list)) else (batch,)
     if not _tensors(xb): raise ValueError('the validation batches have no input to trace the model with')
@@ -52,9 +56,10 @@ def traced(
     learn, # The student's `Learner`
     logits=logits, # Finds the prediction in what the model returns
     dynamic=None, # Further dimensions of the inputs that vary, by name: `{1: 'length'}` for texts
+    dl=None, # Batches to trace with; by default the learner's validation set
 ) -> torch.export.ExportedProgram: # Takes batches of any size, on the CPU; its weights are the student's as they are now
     "The student's forward pass as a program"
-    xb, vary = _samples(_inputs(learn), 2), {i: torch.export.Dim(name) for i, name in {0: 'batch', **(dynamic or {})}.items()}
+    xb, vary = _samples(_inputs(learn, dl), 2), {i: torch.export.Dim(name) for i, name in {0: 'batch', **(dynamic or {})}.items()}
     shapes = tree_map(lambda x: {i: dim for i, dim in vary.items() if i < x.ndim} if isinstance(x, Tensor) else None, xb)
     with _apart(), step_by_step(): return torch.export.export(_Student(learn, logits), xb, dynamic_shapes=dict(xb=shapes))
 
@@ -69,9 +74,9 @@ def _beside(file, suffix):
         yield Path(folder)/file.name
         os.replace(Path(folder)/file.name, file)
 
-def _check(exported, learn, logits, tolerance):
+def _check(exported, learn, logits, tolerance, dl):
     "Raise unless `exported` says what torch says"
-    xb, student = _inputs(learn), _Student(learn, logits)
+    xb, student = _inputs(learn, dl), _Student(learn, logits)
     for n in (1, 3, len(_tensors(xb)[0])):
         said, expected = (model(*_samples(xb, n)).float() for model in (exported, student))
         if said.shape != expected.shape:
@@ -88,11 +93,12 @@ def export_program(
     logits=logits, # Finds the prediction in what the model returns
     dynamic=None, # Further dimensions of the inputs that vary, as in `traced`
     tolerance:float=1e-5, # Largest difference to the student, in logits, or as a part of the largest one above 1; RuntimeError beyond it
+    dl=None, # Batches to trace and check with; by default the learner's validation set
 ) -> Path: # The file
     "Save the student for torch without its Python code, for any batch size, and check what it says"
     with _beside(file, '.pt2') as made, _apart():
-        torch.export.save(traced(learn, logits, dynamic), made)
-        _check(torch.export.load(made).module(), learn, logits, tolerance)
+        torch.export.save(traced(learn, logits, dynamic, dl), made)
+        _check(torch.export.load(made).module(), learn, logits, tolerance, dl)
     return Path(file)
 
 # %% ../nbs/43_export.ipynb #bbeee83e
@@ -145,24 +151,27 @@ def export_onnx(
     dynamic=None, # Further dimensions of the inputs that vary, as in `traced`
     tolerance:float=1e-5, # Largest difference to the student, in logits, or as a part of the largest one above 1; RuntimeError beyond it
     opset:int=None, # Version of the operators; by default torch's choice
+    dl=None, # Batches to trace and check with; by default the learner's validation set
 ) -> OnnxModel: # The file as a model
     "Save the student alone as ONNX, for any batch size, and check what it says"
     for name in ('onnx', 'onnxscript', 'onnxruntime'): _need(name)
     with _beside(file, '.onnx') as made, _apart():
-        program = traced(learn, logits, dynamic)
+        program = traced(learn, logits, dynamic, dl)
         names = [f'input_{i}' for i in range(len(program.graph_signature.user_inputs))]
         torch.onnx.export(program, f=str(made), input_names=names, output_names=['logits'], opset_version=opset, dynamo=True,
             verbose=False, external_data=False)
-        _slim(made)
-        _check(OnnxModel(made), learn, logits, tolerance)
+        _slim(made, class_names(learn))
+        _check(OnnxModel(made), learn, logits, tolerance, dl)
     return OnnxModel(file)
 
-def _slim(file):
+def _slim(file, classes=None):
     "Drop the notes of the exporter: where in the source code an operation comes from, and shapes, which are inferred anew"
     onnx = _need('onnx')
     model = onnx.load(file)
     for noted in (model.graph, *model.graph.node, *model.graph.initializer): del noted.metadata_props[:]
     del model.graph.value_info[:]
+    for o in (*model.graph.input, *model.graph.output): o.type.tensor_type.shape.dim[0].dim_param = 'batch' # not `s4` or so
+    if classes: onnx.helper.set_model_props(model, dict(classes=json.dumps([*map(str, classes)])))
     onnx.save(model, file)
 
 # %% ../nbs/43_export.ipynb #9e376b7e
@@ -212,6 +221,8 @@ def quantize_onnx(
     limit:float=.1, # Largest error, as a part of the logits' variance from sample to sample; a RuntimeError above it, and no file
 ) -> OnnxModel: # The file as a model
     "Save an exported model with weights of eight bits, and check what it says"
+    if not isinstance(model, (OnnxModel, str, Path)): raise TypeError(f'what `export_onnx` returned is quantized, and not {type(model).__name__}')
+    if isinstance(dl, DataLoaders): raise TypeError('calibration takes the batches of one loader: dl=dls.train, and not dls')
     source = model if isinstance(model, OnnxModel) else OnnxModel(model)
     if Path(file).resolve() == source.file.resolve(): raise ValueError(f'{source} would be overwritten: give another file')
     names, valid = [o.name for o in source.session().get_inputs()], dl if valid is None else valid

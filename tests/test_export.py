@@ -1,5 +1,5 @@
 "What is in an exported file, that it says what torch says, and what its eight-bit version loses."
-import copy, onnx, pickle, pytest, sys, torch
+import copy, json, onnx, pickle, pytest, sys, torch
 from fastai.basics import CrossEntropyLossFlat, Learner, set_seed
 from fastai.metrics import accuracy
 from fastkd.all import FitNet, KnowledgeDistillationCallback, SoftTarget
@@ -7,7 +7,8 @@ from fastkd.demo import digits
 from fastkd.export import OnnxModel, _lost, export_onnx, export_program, quantize_onnx, traced
 from fastkd.report import report
 from functools import cache
-from helpers import At, convnet, fitted, is_unchanged, learner, loaders, n_hooks, quiet, same, seeded, state, trained_teacher, weights
+from helpers import At, convnet, fitted, is_unchanged, learner, loaders, n_hooks, named_learner, quiet, same, seeded, state, trained_teacher, weights
+from pathlib import Path
 from torch import nn
 
 class Tokens(nn.Module):
@@ -255,3 +256,26 @@ def test_models_from_files_are_models(tmp_path):
     torch.set_num_threads(2)
     assert torch.allclose(model(x), learn.model.eval()(x), atol=1e-5) and {*model.sessions} == {1, 2}
     with pytest.raises(ValueError): model(x, x)
+
+def test_what_the_file_says_of_itself(tmp_path):
+    "The batch has its name, and classes have theirs, in eight bits as well"
+    exported = export_onnx(named_learner(convnet(4)), tmp_path/'student.onnx')
+    small = quantize_onnx(exported, tmp_path/'small.onnx', learner().dls.train)
+    for model in (exported, small):
+        said = json.loads(model.session().get_modelmeta().custom_metadata_map['classes'])
+        assert said == [*'abcdefghij'] and [o.get_inputs()[0].shape[0] for o in [model.session()]] == ['batch']
+
+def test_a_learner_without_data(tmp_path):
+    "As `load_learner` brings it back: another loader traces it"
+    loaded = learner()
+    valid, loaded.dls.loaders = loaded.dls.valid, [dl.new([]) for dl in loaded.dls.loaders]
+    for export, file in ((export_onnx, 'student.onnx'), (export_program, 'student.pt2')):
+        with pytest.raises(ValueError, match='a learner that was loaded has no data, so give it dl=dls.valid'): export(loaded, tmp_path/file)
+        assert not (tmp_path/file).exists()
+        assert Path(getattr(export(loaded, tmp_path/file, dl=valid), 'file', tmp_path/file)).exists()
+
+def test_what_is_no_learner(tmp_path):
+    with pytest.raises(TypeError, match='a Learner is exported, and not Sequential'): export_onnx(nn.Sequential(), tmp_path/'a.onnx')
+    with pytest.raises(TypeError, match='what `export_onnx` returned is quantized, and not Learner'): quantize_onnx(learner(), tmp_path/'a.onnx')
+    exported = export_onnx(learner(), tmp_path/'student.onnx')
+    with pytest.raises(TypeError, match='dl=dls.train, and not dls'): quantize_onnx(exported, tmp_path/'a.onnx', learner().dls)
