@@ -41,7 +41,7 @@ def test_benchmarks_are_fresh(monkeypatch):
         if 'table(' not in source or not cell['outputs']: continue
         assert ''.join(cell['outputs'][0]['data']['text/markdown']) == eval(source.splitlines()[-1], found).data, source
         shown += 1
-    assert shown == 11
+    assert shown == 12
 
 def test_counts_are_fresh():
     "How many losses, settings and planted defects there are"
