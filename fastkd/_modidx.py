@@ -370,6 +370,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fastkd.export._inputs': ('export.html#_inputs', 'fastkd/export.py'),
                                'fastkd.export._lost': ('export.html#_lost', 'fastkd/export.py'),
                                'fastkd.export._need': ('export.html#_need', 'fastkd/export.py'),
+                               'fastkd.export._quiet': ('export.html#_quiet', 'fastkd/export.py'),
                                'fastkd.export._rounded': ('export.html#_rounded', 'fastkd/export.py'),
                                'fastkd.export._samples': ('export.html#_samples', 'fastkd/export.py'),
                                'fastkd.export._slim': ('export.html#_slim', 'fastkd/export.py'),

@@ -6,7 +6,7 @@
 __all__ = ['traced', 'export_program', 'OnnxModel', 'export_onnx', 'quantize_onnx']
 
 # %% ../nbs/43_export.ipynb #b3b9e25a
-import json, os, tempfile
+import json, logging, os, tempfile
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -185,6 +185,14 @@ class _Batches:
         if batch is None: return None
         return {name: x.as_subclass(Tensor).cpu().numpy() for name, x in zip(self.names, _tensors(batch))}
 
+@contextmanager
+def _quiet():
+    "Without a line for each vector: it has no channels, and one scale is right for it"
+    def is_news(record): return 'is out-of-range for weight' not in record.getMessage()
+    logging.getLogger().addFilter(is_news)
+    try: yield
+    finally: logging.getLogger().removeFilter(is_news)
+
 def _rounded(source, made, batches):
     "Write down the model of eight bits"
     quantization = _need('onnxruntime.quantization')
@@ -192,8 +200,9 @@ def _rounded(source, made, batches):
     ready.write_bytes(source.content)
     _need('onnxruntime.quantization.shape_inference').quant_pre_process(str(ready), str(ready), skip_symbolic_shape=True)
     _slim(ready)
-    if batches is None: quantization.quantize_dynamic(str(ready), str(made), op_types_to_quantize=_DYNAMIC, **settings)
-    else: quantization.quantize_static(str(ready), str(made), batches, **settings)
+    with _quiet():
+        if batches is None: quantization.quantize_dynamic(str(ready), str(made), op_types_to_quantize=_DYNAMIC, **settings)
+        else: quantization.quantize_static(str(ready), str(made), batches, **settings)
     kinds = _need('onnx').TensorProto
     if not any(o.data_type in (kinds.INT8, kinds.UINT8) for o in _need('onnx').load(made).graph.initializer): raise ValueError(
         f'nothing in {source} became integers: convolutions need calibration batches, such as `learn.dls.train`')
