@@ -262,7 +262,7 @@ def targets(found):
     fasterai = [('fasterai to live step', ratio(step['fasterai'], step['fastkd']), 1.6, np.inf)]*('fasterai' in step)
     asked = [('live step to a loop by hand', ratio(step['fastkd'], step['loop']), 0, 1.03), *fasterai,
         ('layer2 of resnet50 to its whole pass', ratio(passes['early_stop'], passes['whole']), 0, .52),
-        ("what its step takes beyond a plain one, to the same of the whole teacher", ratio(extra['early_stop'], extra['whole_teacher']), 0, .6),
+        ("layer2's step beyond a plain one, to the whole teacher's", ratio(extra['early_stop'], extra['whole_teacher']), 0, .6),
         ('step with a warm cache to plain', ratio(step['fastkd_cached'], step['plain']), 0, 1.05),
         ('fingerprints to a plain step', ratio(keys['keys'], keys['plain']), 0, .02),
         ('step with a cache under augmentation to live', ratio(augmented['seconds']['cached'], augmented['seconds']['live']), 0, 1.05)]

@@ -2,10 +2,10 @@
 
 `python -m benchmarks.fashion --root DIR [--labels 3000 58000] [--students small tiny] [--seeds 5] [--out benchmarks]` reads the four idx
 files in DIR/FashionMNIST/raw, and writes fashion.json and fashion.md. Every set-up has the same images, initial weights and number of
-batches. Each has three candidates, and sums get those of their parts. Two seeds of ten epochs and 2,000 images that nobody trains on choose among
-them, with the small student and 3,000 labels, and the choice is kept for the rest. Other seeds, and the test images, judge. Finished runs
-and teachers are kept in DIR, and a command that was stopped goes on where it was. Some hours on two cores: once settings are chosen, give
-each process students or numbers of labels of its own."""
+batches. Each has three candidates, and sums get those of their parts. Two seeds of ten epochs and 2,000 images that nobody trains on
+choose among them, with the small student and 3,000 labels, and the choice is kept for the rest. Other seeds, and the test images, judge.
+Finished runs and teachers are kept in DIR, and a command that was stopped goes on where it was. Some hours on two cores: once settings are
+chosen, give each process students or numbers of labels of its own."""
 import json, numpy as np, pandas as pd, torch
 from argparse import ArgumentParser
 from benchmarks import machine
@@ -151,17 +151,18 @@ def told(found):
     def about(o):
         width, epochs = TEACHERS[o['labels']]
         n = sum(p.numel() for p in convnet(width, 28).parameters())
-        return (f"- {o['labels']:,} labels: {o['epochs']} epochs, {o['seeds']} seeds; a teacher of {o['teacher']:.2f} % and {n:,} parameters, "
-            f'trained on the same labels for {epochs} epochs with shifts and flips')
+        return (f"- {o['labels']:,} labels: {o['epochs']} epochs, {o['seeds']} seeds; a teacher of {o['teacher']:.2f} % and {n:,} "
+            f'parameters, trained on the same labels for {epochs} epochs with shifts and flips')
     def cost(o, row): return f"{row['CPU s']:.0f} ({row['CPU s']/o['table'][ALONE]['CPU s']:.2f})"
-    trials = (f'Accuracy on held-out images after {TRIAL_EPOCHS} epochs, mean of two seeds, of the small student with {min(EPOCHS):,} labels; '
-        'the best candidate is that of all columns:')
+    trials = (f'Accuracy on held-out images after {TRIAL_EPOCHS} epochs, mean of two seeds, of the small student with {min(EPOCHS):,} '
+        'labels; the best candidate is that of all columns:')
     same = ('Labels, teacher and settings are the same for all seeds, so the intervals are about initial weights and batches. Teachers and '
         'epochs differ between numbers of labels: compare within a column.')
-    lines = ['# Which loss?', '', f"`python -m benchmarks.fashion --root DIR`, {found['machine']}. Fashion-MNIST; test accuracy in percent, "
-        'and the difference to the student alone, paired over seeds, with its 95 % interval; bold where Holm\'s p is below .05.', '',
-        *dict.fromkeys(map(about, known)), '', same, '', *table('test accuracy', told_cell), '', '## What it cost', '',
-        'The teacher answers from a cache; medians over seeds.', '', *table('CPU seconds (ratio to alone)', cost), '', '## What was chosen from', '', trials, '']
+    lines = ['# Which loss?', '', f"`python -m benchmarks.fashion --root DIR`, {found['machine']}. Fashion-MNIST; test accuracy in "
+        "percent, and the difference to the student alone, paired over seeds, with its 95 % interval; bold where Holm's p is below .05.",
+        '', *dict.fromkeys(map(about, known)), '', same, '', *table('test accuracy', told_cell), '', '## What it cost', '',
+        'The teacher answers from a cache; medians over seeds.', '', *table('CPU seconds (ratio to alone)', cost), '',
+        '## What was chosen from', '', trials, '']
     def option(o):
         if not isinstance(o, dict): return f'`{o.args[-2]}`'
         return f"learning rate {o['fit'].keywords['lr']:g}" if 'fit' in o else f"{o['make_learner'].args[-1].args[0]:g}"

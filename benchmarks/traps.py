@@ -83,9 +83,10 @@ def setups(root):
 def told(found):
     "All of it as Markdown"
     table = found['table']
-    lines = ['# Known traps', '', f"`python -m benchmarks.traps --root DIR`, {found['machine']}. Fashion-MNIST, {N_LABELS:,} labels, {EPOCHS} epochs, "
-        f"{found['seeds']} seeds, T={T}, weight {EXPERIMENT.weight}; a teacher of {found['teacher']:.2f} %, trained on the same labels "
-        'with shifts and flips. Labels and teacher are the same for all seeds. Test accuracy in percent, with 95 % intervals.', '', lined(['set-up', 'accuracy', 'CPU seconds'])]
+    lines = ['# Known traps', '', f"`python -m benchmarks.traps --root DIR`, {found['machine']}. Fashion-MNIST, {N_LABELS:,} labels, "
+        f"{EPOCHS} epochs, {found['seeds']} seeds, T={T}, weight {EXPERIMENT.weight}; a teacher of {found['teacher']:.2f} %, trained on "
+        'the same labels with shifts and flips. Labels and teacher are the same for all seeds. Test accuracy in percent, with 95 % '
+        'intervals.', '', lined(['set-up', 'accuracy', 'CPU seconds'])]
     lines.append('|---|--:|--:|')
     lines += [lined([name, f"{o['test_accuracy']:.2f} ± {(o['high'] - o['low'])/2:.2f}", f"{o['CPU s']:.0f}"]) for name, o in table.items()]
     lines += ['', lined(['set-up', 'beside', 'difference', "Holm's p", 'what happens']), '|---|---|--:|--:|---|']

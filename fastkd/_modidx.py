@@ -260,6 +260,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fastkd.compare._direction': ('compare.html#_direction', 'fastkd/compare.py'),
                                 'fastkd.compare._file_name': ('compare.html#_file_name', 'fastkd/compare.py'),
                                 'fastkd.compare._is_own': ('compare.html#_is_own', 'fastkd/compare.py'),
+                                'fastkd.compare._is_said': ('compare.html#_is_said', 'fastkd/compare.py'),
                                 'fastkd.compare._longer': ('compare.html#_longer', 'fastkd/compare.py'),
                                 'fastkd.compare._named': ('compare.html#_named', 'fastkd/compare.py'),
                                 'fastkd.compare._parts': ('compare.html#_parts', 'fastkd/compare.py'),

@@ -139,10 +139,13 @@ def _named(func):
     names = sorted({name for code in _codes(func.__code__) for name in code.co_names})
     found = {name: func.__globals__[name] for name in names if name in func.__globals__}
     for key, o in found.items():
-        if isinstance(o, ModuleType): found[key] = {name: vars(o)[name] for name in names if name in vars(o)} if _is_own(o.__name__) else key
+        if not isinstance(o, ModuleType): continue
+        found[key] = {name: vars(o)[name] for name in names if name in vars(o)} if _is_own(o.__name__) else o.__name__
     return found, [_content(cell) for cell in func.__closure__ or ()]
 
 # %% ../nbs/40_compare.ipynb #0a6cd0a7
+_WRAPPERS = partial, _lru_cache_wrapper, MethodType, staticmethod, classmethod, property
+
 def _content(cell):
     try: return cell.cell_contents
     except ValueError: return None # a function that names itself, and is not there yet
@@ -152,7 +155,7 @@ def _text(o): return type(o).__qualname__ if ' at 0x' in repr(o) else repr(o) # 
 def _described(o, seen):
     "What can be said of a value, the same in every process"
     told = partial(_described, seen=seen)
-    if isinstance(o, (partial, _lru_cache_wrapper, MethodType, staticmethod, classmethod, property)): return [type(o).__name__, told(_within(o))]
+    if isinstance(o, _WRAPPERS): return [type(o).__name__, told(_within(o))]
     if isinstance(o, Learner): o = o.model
     if isinstance(o, Teacher): return type(o).__qualname__, told(o.given())
     if isinstance(o, (list, tuple)): return [told(item) for item in o]
@@ -174,14 +177,18 @@ def _within(o):
     if isinstance(o, MethodType): return o.__func__, o.__self__
     return o.__wrapped__
 
-_CONSTANT = bool, int, float, str, tuple, property, staticmethod, classmethod # of a class; what else it holds may grow from run to run
+_CONSTANT = bool, int, float, str, tuple, property, staticmethod, classmethod
+
+def _is_said(name, value):
+    "Whether a class is known by it, too; what else it holds may grow from run to run"
+    return callable(value) or isinstance(value, _CONSTANT) and name[:2] != '__'
 
 def _parts(o):
     "Of a function, a class, a model, or an object of a class of the user's"
     if isinstance(o, FunctionType):
         said = [(code.co_code, code.co_names, [k for k in code.co_consts if not isinstance(k, CodeType)]) for code in _codes(o.__code__)]
         return said, o.__defaults__, o.__kwdefaults__, _named(o)
-    if isinstance(o, type): return o.__bases__, {k: value for k, value in vars(o).items() if callable(value) or isinstance(value, _CONSTANT) and k[:2] != '__'}
+    if isinstance(o, type): return o.__bases__, {name: value for name, value in vars(o).items() if _is_said(name, value)}
     own = vars(o) if hasattr(o, '__dict__') and _is_own(type(o).__module__) or is_dataclass(o) else {}
     if isinstance(o, nn.Module): return type(o), _text(o), weights_digest(o), {k: own[k] for k in own.keys() - vars(nn.Module()).keys()}
     return type(o), own or _text(o)
@@ -350,7 +357,8 @@ def plot(self:Comparison,
     ax.axhline(0, color='grey', linestyle=':')
     for i, (name, (mean, low, high, _)) in enumerate(found.items()):
         ax.plot([i]*len(values), values[name] - values[self.baseline], '.', color='tab:blue', alpha=.3)
-        ax.errorbar(i, mean, [[mean - low], [high - mean]], fmt='o', color='tab:blue', capsize=4, mfc=None if corrected[name] < .05 else 'white')
+        inside = None if corrected[name] < .05 else 'white'
+        ax.errorbar(i, mean, [[mean - low], [high - mean]], fmt='o', color='tab:blue', capsize=4, mfc=inside)
     ax.set(ylabel=f'{self.metric}, minus {self.baseline}', xlabel=self.xlabel, xticks=range(len(found)),
         xticklabels=[fill(self.labels.get(name, name), 15) for name in found])
     return ax

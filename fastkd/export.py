@@ -44,7 +44,8 @@ def _inputs(learn, dl=None):
     "Inputs of the first batch, nested as the model takes them"
     if not isinstance(learn, Learner): raise TypeError(f'a Learner is exported, and not {type(learn).__name__}: its data are traced')
     dl = learn.dls.valid if dl is None else dl
-    if not len(dl): raise ValueError('there is no batch to trace the model with: a learner that was loaded has no data, so give it dl=dls.valid')
+    if not len(dl):
+        raise ValueError('there is no batch to trace the model with: a learner that was loaded has no data, so give it dl=dls.valid')
     with as_found([], dl): batch = dl.one_batch()
     xb = tuple(batch[:getattr(learn.dls, 'n_inp', max(1, len(batch) - 1))]) if isinstance(batch, (tuple, list)) else (batch,)
     if not _tensors(xb): raise ValueError('the validation batches have no input to trace the model with')
@@ -230,7 +231,8 @@ def quantize_onnx(
     limit:float=.1, # Largest error, as a part of the logits' variance from sample to sample; a RuntimeError above it, and no file
 ) -> OnnxModel: # The file as a model
     "Save an exported model with weights of eight bits, and check what it says"
-    if not isinstance(model, (OnnxModel, str, Path)): raise TypeError(f'what `export_onnx` returned is quantized, and not {type(model).__name__}')
+    if not isinstance(model, (OnnxModel, str, Path)):
+        raise TypeError(f'what `export_onnx` returned is quantized, and not {type(model).__name__}')
     if isinstance(dl, DataLoaders): raise TypeError('calibration takes the batches of one loader: dl=dls.train, and not dls')
     source = model if isinstance(model, OnnxModel) else OnnxModel(model)
     if Path(file).resolve() == source.file.resolve(): raise ValueError(f'{source} would be overwritten: give another file')

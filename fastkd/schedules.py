@@ -109,8 +109,8 @@ class Stages:
         return _draw(self, ax, n_points, repr(self), 'progress' if multiplies(self) else 'value')
 
 def multiplies(curve):
-    "Whether a curve is a factor, and not the value itself"
-    return multiplies(curve.curve) if isinstance(curve, Stages) else hasattr(curve, 'progress') and not isinstance(curve, type) # those of fasterai, too
+    "Whether a curve is a factor, and not the value itself; schedules of fasterai are, too"
+    return multiplies(curve.curve) if isinstance(curve, Stages) else hasattr(curve, 'progress') and not isinstance(curve, type)
 
 def _said(curve):
     "A schedule as it is, an annealer as it was written"

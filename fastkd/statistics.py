@@ -52,15 +52,17 @@ def holm(
     return of_report('statsmodels.stats.multitest').multipletests(p_values, method='holm')[1].tolist()
 
 # %% ../nbs/39_statistics.ipynb #aeba3a68
-LOWER  = 'loss error perplexity mae mse rmse msle rmspe mape kl nll ece brier divergence distance parameters bytes macs latency'.split()
-HIGHER = 'acc accuracy score f1 fbeta precision recall auc dice jaccard iou kappa corrcoef pearsonr spearmanr bleu agreement throughput'.split()
+LOWER  = set('''loss error perplexity mae mse rmse msle rmspe mape kl nll ece brier divergence distance
+    parameters bytes macs latency'''.split())
+HIGHER = set('''acc accuracy score f1 fbeta precision recall auc dice jaccard iou kappa corrcoef pearsonr spearmanr bleu
+    agreement throughput'''.split())
 
 def is_lower_better(
     metric:str, # Name of a metric
 ) -> bool: # None where its name does not tell
     "Whether a smaller value is the better one"
     words = {*re.findall('[a-z0-9]+', re.sub('([a-z0-9])([A-Z])', r'\1_\2', metric).lower())}
-    return True if words & {*LOWER} else False if words & {*HIGHER} else None
+    return True if words & LOWER else False if words & HIGHER else None
 
 # %% ../nbs/39_statistics.ipynb #51fb7550
 def in_words(

@@ -7,7 +7,8 @@ from fastkd.demo import digits
 from fastkd.export import OnnxModel, _lost, export_onnx, export_program, quantize_onnx, traced
 from fastkd.report import report
 from functools import cache
-from helpers import At, convnet, fitted, is_unchanged, learner, loaders, n_hooks, named_learner, quiet, same, seeded, state, trained_teacher, weights
+from helpers import (At, convnet, fitted, is_unchanged, learner, loaders, n_hooks, named_learner, quiet, same, seeded, state,
+    trained_teacher, weights)
 from pathlib import Path
 from torch import nn
 
@@ -228,7 +229,8 @@ def test_the_dynamic_way_leaves_convolutions(tmp_path):
     assert {'Conv', 'MatMulInteger'} <= kinds(int8) and 'ConvInteger' not in kinds(int8)
     alone = small(model=nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten()))
     source = export_onnx(alone, tmp_path/'alone.onnx')
-    with pytest.raises(ValueError, match='nothing in .*alone.onnx.* became integers: convolutions need'): quantize_onnx(source, tmp_path/'none.onnx')
+    with pytest.raises(ValueError, match='nothing in .*alone.onnx.* became integers: convolutions need'):
+        quantize_onnx(source, tmp_path/'none.onnx')
     assert not (tmp_path/'none.onnx').exists()
 
 def test_a_model_stays_what_its_file_was(tmp_path):
@@ -270,12 +272,13 @@ def test_a_learner_without_data(tmp_path):
     loaded = learner()
     valid, loaded.dls.loaders = loaded.dls.valid, [dl.new([]) for dl in loaded.dls.loaders]
     for export, file in ((export_onnx, 'student.onnx'), (export_program, 'student.pt2')):
-        with pytest.raises(ValueError, match='a learner that was loaded has no data, so give it dl=dls.valid'): export(loaded, tmp_path/file)
+        with pytest.raises(ValueError, match='a learner that was loaded has no data, so give it dl='): export(loaded, tmp_path/file)
         assert not (tmp_path/file).exists()
         assert Path(getattr(export(loaded, tmp_path/file, dl=valid), 'file', tmp_path/file)).exists()
 
 def test_what_is_no_learner(tmp_path):
     with pytest.raises(TypeError, match='a Learner is exported, and not Sequential'): export_onnx(nn.Sequential(), tmp_path/'a.onnx')
-    with pytest.raises(TypeError, match='what `export_onnx` returned is quantized, and not Learner'): quantize_onnx(learner(), tmp_path/'a.onnx')
+    with pytest.raises(TypeError, match='what `export_onnx` returned is quantized, and not Learner'):
+        quantize_onnx(learner(), tmp_path/'a.onnx')
     exported = export_onnx(learner(), tmp_path/'student.onnx')
     with pytest.raises(TypeError, match='dl=dls.train, and not dls'): quantize_onnx(exported, tmp_path/'a.onnx', learner().dls)
