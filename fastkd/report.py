@@ -485,7 +485,9 @@ def plot(self:Report,
     ax.bar_label(bars, [f'{ratio:.3g}×' for ratio in ratios], padding=3, fontsize=8)
     ax.axvline(1, color='black', lw=.8)
     ax.set(xscale='log', xlabel='student / teacher (blue: better)')
-    ax.margins(x=.4) # room for the labels
+    ax.margins(x=.4) # space for the labels
+    ax.xaxis.set_major_formatter('{x:g}')
+    ax.xaxis.set_minor_formatter('') # they would run into each other
     ax.invert_yaxis()
     return ax
 
