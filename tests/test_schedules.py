@@ -219,9 +219,10 @@ def test_check_curve_looks_everywhere():
     check_curve('T', None, 7, seen.append)
     assert seen == [7]
 
-def test_schedules_of_another_library():
-    "What has a `progress(pct)` multiplies the weight"
-    class Other:
-        def progress(self, pct_train): return pct_train**2
-    curve, = as_schedules(Other()).values()
-    assert scheduled_value(curve, .8, .5) == .2 and multiplies(curve)
+def test_schedules_of_fasterai():
+    "Those that are not in fastkd multiply the weight as they do there"
+    theirs = pytest.importorskip('fasterai.core.schedule')
+    for name in ('agp', 'one_cycle', 'dsd', 'cos', 'lin'):
+        curve, = as_schedules(getattr(theirs, name)).values()
+        assert multiplies(curve) and scheduled_value(curve, .8, .3) == pytest.approx(.8*curve.progress(.3))
+    assert scheduled_value(theirs.cos, 1., .3) == pytest.approx(scheduled_value(cos, 1., .3))
