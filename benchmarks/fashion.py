@@ -127,7 +127,8 @@ def compared(root, n_labels, student, chosen, n_seeds):
     table = found.table()
     table['CPU s'] = found.runs.groupby('setup')['cpu'].median() # the first run of a loss has the teacher answer, the others find it
     return dict(labels=n_labels, student=student, parameters=int(table['parameters'].iloc[0]), epochs=EPOCHS[n_labels], seeds=n_seeds,
-        teacher=teacher_of(root, n_labels)[1], words=found.words(), table=json.loads(table.to_json(orient='index')))
+        teacher=teacher_of(root, n_labels)[1], words=found.words(), table=json.loads(table.to_json(orient='index')),
+        values=found.values().to_dict('list'))
 
 # ---- Telling
 
