@@ -1,5 +1,5 @@
 "Pages that are made from something else say what it says now: the reference from the package, the benchmarks from their tables."
-import fastkd.all, inspect, json, pytest
+import ast, fastkd.all, inspect, json, pytest
 from importlib import import_module
 from pathlib import Path
 
@@ -31,17 +31,34 @@ def test_every_name_has_a_docstring():
     "Classes have their own, not that of their base"
     assert [name for name, o in PUBLIC.items() if (inspect.isclass(o) or callable(o)) and not o.__doc__] == []
 
-def test_benchmarks_are_fresh(monkeypatch):
-    "The page shows the tables of the folder"
+def shown_by(source, names):
+    "What the last line of a cell shows"
+    *lines, last = ast.parse(source).body
+    exec(compile(ast.Module(lines, []), 'cell', 'exec'), names)
+    return eval(compile(ast.Expression(last.value), 'cell', 'eval'), names)
+
+@pytest.mark.parametrize('page,n_tables', [('69_guide.benchmarks.ipynb', 12), ('index.ipynb', 1)])
+def test_benchmarks_are_fresh(page, n_tables, monkeypatch):
+    "Pages show the tables of the folder"
     monkeypatch.chdir(NBS)
-    found, shown = {}, 0
-    for cell in code_cells('69_guide.benchmarks.ipynb'):
+    names, n_shown = {}, 0
+    for cell in code_cells(page):
         source = ''.join(cell['source'])
-        if source.startswith('#| hide'): exec(source, found)
-        if 'table(' not in source or not cell['outputs']: continue
-        assert ''.join(cell['outputs'][0]['data']['text/markdown']) == eval(source.splitlines()[-1], found).data, source
-        shown += 1
-    assert shown == 12
+        if source.startswith('#| hide') and '#| slow' not in source: exec(source, names)
+        shown = [o['data']['text/markdown'] for o in cell['outputs'] if 'text/markdown' in o.get('data', {})]
+        if '#| slow' in source or not shown: continue
+        assert ''.join(shown[0]) == shown_by(source, names).data, source
+        n_shown += 1
+    assert n_shown == n_tables
+
+def test_choice_is_fresh(monkeypatch, capsys):
+    "What is said about losses is what was measured"
+    monkeypatch.chdir(NBS)
+    names, cells = {}, code_cells('63_guide.choosing.ipynb')
+    said = next(cell for cell in cells if 'def beside' in ''.join(cell['source']))
+    for cell in cells:
+        if ''.join(cell['source']).startswith(('import', '#| hide')) or cell is said: exec(''.join(cell['source']), names)
+    assert capsys.readouterr().out == ''.join(text for o in said['outputs'] for text in o['text'])
 
 def test_counts_are_fresh():
     "How many losses, settings and planted defects there are"
