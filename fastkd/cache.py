@@ -463,7 +463,7 @@ def for_student(self:CachedTeacher, learn, axis=1):
 def modules(self:CachedTeacher): return [self.source.model] if self.teacher is None else self.teacher.modules()
 
 @patch
-def given(self:CachedTeacher): return self.source
+def given(self:CachedTeacher): return self.source # what it answers does not depend on where that is kept
 
 # %% ../nbs/23_cache.ipynb #a103fc26
 @patch

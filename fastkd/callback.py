@@ -405,6 +405,7 @@ def _look(self:KnowledgeDistillationCallback):
 def _on_sample(who, one, remedy=''):
     "A model that fails on one sample of the batch is named, with the shape of what it was given"
     try: yield
+    except torch.OutOfMemoryError: raise
     except (AttributeError, LookupError, RuntimeError, TypeError) as e:
         shapes = ', '.join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in one)
         raise (TypeError if isinstance(e, TypeError) else ValueError)(f"{who} fails on a sample of the student's batch, of shape "
@@ -758,7 +759,8 @@ def plot_distillation(self:Recorder,
     import matplotlib.pyplot as plt
     if not hasattr(self, 'distillation'): raise ValueError('nothing was distilled yet: fit with a KnowledgeDistillationCallback first')
     steps = {name: (range(len(values)), [float(value) for value in values]) for name, values in self.distillation.items()}
-    curves = {name: (self.iters, column) for name, column in zip(self.metric_names[1:], zip(*self.values))} | steps # by epoch, and by step
+    is_last = len(self.losses) in {len(values) for _, values in steps.values()} # and no other fit came after it
+    curves = {name: (self.iters, column) for name, column in zip(self.metric_names[1:], zip(*self.values)) if is_last} | steps
     moved = [name for name, (_, values) in steps.items() if len({*values}) > 1]
     keys = [*(moved or steps), *({'valid_loss'} & {*curves})] if keys is None else listify(keys)
     if unknown := [key for key in keys if key not in curves]:

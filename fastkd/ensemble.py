@@ -191,9 +191,6 @@ def settings(self:Ensemble):
     members = [(type(o), () if isinstance(o, Learner) else o.settings()) for o in self.teachers]
     return self.mean, self.weights, self.T, self.axis, members
 
-@patch
-def given(self:Ensemble): return self.source, self.mean, self.weights, self.T
-
 # %% ../nbs/25_ensemble.ipynb #4de5f5df
 @patch
 def reorders(self:Ensemble, layer):

@@ -46,7 +46,7 @@ def _inputs(learn, dl=None):
     dl = learn.dls.valid if dl is None else dl
     if not len(dl):
         raise ValueError('there is no batch to trace the model with: a learner that was loaded has no data, so give it dl=dls.valid')
-    with as_found([], dl): batch = dl.one_batch()
+    with as_found([], dl): batch = next(iter(dl))
     xb = tuple(batch[:getattr(learn.dls, 'n_inp', max(1, len(batch) - 1))]) if isinstance(batch, (tuple, list)) else (batch,)
     if not _tensors(xb): raise ValueError('the validation batches have no input to trace the model with')
     return tree_map_only(Tensor, lambda x: x.as_subclass(Tensor).cpu(), xb)

@@ -85,7 +85,8 @@ def nearest_names(
 ) -> list: # Existing names, the most similar first
     "Layer names that look like `name`, and first where `vision_learner` has put a stage that torchvision calls so"
     stage, last = '', name.split('.')[-1]
-    if last in STAGES and isinstance(body := get_module_by_name(model, '0'), nn.Sequential) and len(body) == len(STAGES):
+    body = get_module_by_name(model, '0')
+    if last in STAGES and isinstance(body, nn.Sequential) and [*map(type, body[:1]), *map(type, body[4:])] == [nn.Conv2d] + 4*[nn.Sequential]:
         stage = f'0.{STAGES.index(last)}'
     near = difflib.get_close_matches(name, get_model_layers(model), n=n, cutoff=.4)
     return list(dict.fromkeys([stage, *near] if stage else near))[:n]
@@ -104,7 +105,8 @@ def missing_layer(
     if near := nearest_names(model, name): return ValueError(f"the {side} has no layer '{name}'; nearest: {', '.join(near)}")
     names = get_model_layers(model)
     outer = sorted(names, key=lambda name: name.count('.'))[:8] # innermost layers would hide the stages
-    return ValueError(f"the {side} has no layer '{name}'; its layers: {', '.join(outer)}, …, all {len(names)} by get_model_layers({side})")
+    more = f', …, all {len(names)} by get_model_layers({side})' if len(names) > len(outer) else ''
+    return ValueError(f"the {side} has no layer '{name}'; its layers: {', '.join(outer) or 'none'}{more}")
 
 # %% ../nbs/00_modules.ipynb #365d9589
 def _field(output, name):

@@ -447,8 +447,9 @@ def report(
     _whole('n_runs', [n_runs], 0)
     sizes, n_threads = _whole('batch_sizes', batch_sizes), _whole('n_threads', torch.get_num_threads() if n_threads is None else n_threads)
     learn = _as_learner(student, teacher)
-    teacher, dl = _as_frozen(teacher, learn), learn.dls.valid if dl is None else dl
-    if not len(dl.dataset): raise ValueError('the learner was loaded, and has no data: report(student, teacher, dl=dls.valid)')
+    teacher = _as_frozen(teacher, learn)
+    if dl is None: dl = learn.dls.valid
+    if dl is learn.dls.valid and not len(dl): raise ValueError('the learner was loaded, and has no data: report(student, teacher, dl=dls.valid)')
     with as_found([learn.model, teacher.module], dl):
         teacher.to(next(learn.model.parameters(), torch.empty(0)).device)
         comparison = compared(learn, teacher, dl)
@@ -480,7 +481,8 @@ def plot(self:Report,
         raise ValueError(f"'{missing[0]}' is no row with a ratio above 0; those are {', '.join(ratios.index)}")
     if measures is not None: ratios = ratios[listify(measures)]
     ax = ax or plt.subplots(figsize=(7, .6 + .3*len(ratios)), layout='constrained')[1]
-    better = [None if (lower := is_lower_better(name)) is None else lower == (ratio < 1) for name, ratio in ratios.items()]
+    below = (self.table['student'] < self.table['teacher'])[ratios.index] # of negative numbers, the larger ratio is the smaller one
+    better = [None if (lower := is_lower_better(name)) is None else lower == below[name] for name in ratios.index]
     bars = ax.barh(ratios.index, ratios - 1, left=1, color=[{None: 'grey', True: 'tab:blue', False: 'tab:orange'}[o] for o in better])
     ax.bar_label(bars, [f'{ratio:.3g}×' for ratio in ratios], padding=3, fontsize=8)
     ax.axvline(1, color='black', lw=.8)

@@ -6,6 +6,7 @@
 __all__ = ['Teacher', 'Frozen']
 
 # %% ../nbs/20_teachers.ipynb #f0167e3a
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -44,7 +45,10 @@ class Teacher:
     def reorders(self, layer): return False # Whether the output of `layer` has its classes in another order than the student
     live = property(lambda self: self, doc='The teacher without a memory')
     def modules(self): return []
-    def given(self): return self.modules(), self.settings() # All that it was made of, the same before and after it meets a student
+    def given(self):
+        "What it was made of, the same before and after it meets a student"
+        names = {*inspect.signature(type(self)).parameters, 'source'} - {'teacher', 'teachers'} # those are what it makes of its source
+        return {name: o for name, o in sorted(vars(self).items()) if name in names}
     def teacher_module(self, name): raise ValueError(f"{self} has no layers, and '{name}' was asked for")
 
 # %% ../nbs/20_teachers.ipynb #1888e6ec

@@ -415,3 +415,23 @@ def test_stages_in_a_fit():
     assert found['task_loss'][7] > 0 and learn.recorder.distillation['weight'][-1] == 1
     learn.fit(2, cbs=KnowledgeDistillationCallback(trained_teacher(), SoftTarget, weight=.8, schedule=Stages(cos, 2)))
     assert learn.recorder.distillation['weight'] == [0.]*4 + [.8]*4
+
+# ---- What is drawn
+
+def drawn(axs): return {ax.get_title(): len(ax.lines[0].get_xdata()) for ax in axs}
+
+def test_curves_of_a_fit():
+    "What moved, and the validation loss of each epoch; anything by name; nothing of a later fit"
+    learn = learner()
+    with pytest.raises(ValueError, match='nothing was distilled yet'): learn.recorder.plot_distillation()
+    learn.fit(3, 1e-2, cbs=KD(trained_teacher(), SoftTarget(T=4), schedule=lin))
+    assert drawn(learn.recorder.plot_distillation()) == dict(weight=12, task_loss=12, distillation_loss=12, valid_loss=3)
+    assert drawn(learn.recorder.plot_distillation(['accuracy', 'weight'], skip_start=5)) == dict(accuracy=2, weight=7)
+    with pytest.raises(ValueError, match="'loss' was not recorded; what was: train_loss"): learn.recorder.plot_distillation('loss')
+    learn.fit(1, 1e-2)
+    assert 'valid_loss' not in drawn(learn.recorder.plot_distillation())
+
+def test_what_stays_is_not_drawn():
+    learn = learner()
+    learn.fit(1, 1e-2, cbs=KD(trained_teacher(), SoftTarget(T=4)))
+    assert [*drawn(learn.recorder.plot_distillation())] == ['task_loss', 'distillation_loss', 'valid_loss']

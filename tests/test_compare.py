@@ -388,9 +388,9 @@ def test_values_of_a_sweep():
 def test_set_ups_that_are_none(setups, error, text):
     with pytest.raises(error, match=re.escape(text)): quick(setups)
 
-@pytest.mark.parametrize('setups', [None, [kd], kd], ids=['none', 'list', 'function'])
+@pytest.mark.parametrize('setups', [None, [kd], kd, {4: kd}], ids=['none', 'list', 'function', 'number'])
 def test_set_ups_that_are_no_dict(setups):
-    with pytest.raises(ValueError, match='setups is a dict of at least one set-up beside the baseline'): quick(setups)
+    with pytest.raises(ValueError, match='setups is a dict of names and at least one set-up'): quick(setups)
 
 def test_numbers_of_seeds():
     assert quick(dict(same=None), seeds=np.int64(2)).values().shape == (2, 2)

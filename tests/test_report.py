@@ -249,6 +249,19 @@ def test_plot():
     rows = ['accuracy, %', 'parameters', 'peak of activations, bytes (bs 2)']
     better = [bar.get_facecolor() == to_rgba('tab:blue') for bar in found.plot(rows).patches]
     assert better == [False, True, True], 'a student that is worse and smaller'
+
+def test_colours_of_other_metrics():
+    "Grey where nobody knows the direction, and the right way round below 0"
+    def sharpness(pred, y): return pred.std()
+    def r2(pred, y): return -pred.std()
+    found = report(learner(metrics=[sharpness, r2]), trained_teacher(), batch_sizes=2, n_runs=0)
+    grey, low = found.plot(['sharpness', 'r2']).patches
+    student, teacher = found.table.loc['r2', ['student', 'teacher']]
+    assert grey.get_facecolor() == to_rgba('grey') and student < 0 > teacher
+    assert low.get_facecolor() == to_rgba('tab:blue' if student > teacher else 'tab:orange')
+
+def test_what_can_be_drawn():
+    found = report(learner(), trained_teacher(), batch_sizes=2, n_runs=2)
     assert math.isnan(found.table['student/teacher']['latency p95, ms (bs 2, CPU threads: 1)'])
     for row in ('agreement, %', 'agreement'):
         with pytest.raises(ValueError, match=f"'{row}' is no row with a ratio above 0; those are accuracy, %, "): found.plot(['loss', row])

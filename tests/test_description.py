@@ -1,0 +1,189 @@
+"Descriptions: what differs is told apart, what is the same is the same in every process, and nothing is too deep."
+import argparse, collections, dataclasses, enum, functools, helpers, numpy as np, os, pandas as pd, pytest, subprocess, sys, torch, types
+from fastai.basics import AccumMetric, AvgMetric, CrossEntropyLossFlat, L, LabelSmoothingCrossEntropyFlat, accuracy, error_rate
+from fastai.callback.mixup import MixUp
+from fastai.callback.tracker import SaveModelCallback
+from fastai.losses import FocalLossFlat
+from fastkd.all import *
+from fastkd.description import description
+from functools import partial, partialmethod
+from helpers import convnet, learner
+from pathlib import Path
+from torch import nn
+
+def add(a, b): return a + b
+def subtract(a, b): return a - b
+def from_right(b, a): return a - b
+def with_default(a, b=1): return a*b
+def other_default(a, b=2): return a*b
+def keyword(a, *, b=1): return a*b
+def other_keyword(a, *, b=2): return a*b
+
+def decorated(func):
+    @functools.wraps(func)
+    def call(*args): return func(*args)
+    return call
+
+def recursive(n):
+    def again(k): return again(k - n) if k > 0 else 0
+    return again
+
+def holder(value): return lambda: value
+def nested(value): return lambda: (lambda: (lambda: value))
+def many_names(n): return {f'name {i}': i for i in range(n)}
+
+class Color(enum.Enum):
+    red, blue = 1, 2
+
+@dataclasses.dataclass
+class Point:
+    x: int = 0
+
+class Slots:
+    __slots__ = 'value'
+    def __init__(self, value): self.value = value
+
+class Plain:
+    def __init__(self, value): self.value = value
+    def __repr__(self): return 'Plain'
+    def method(self): return self.value
+    def __call__(self): return self.value
+
+class Scale(nn.Module):
+    def __init__(self, by):
+        super().__init__()
+        self.by = by
+    def forward(self, x): return x*self.by
+
+class Answers(Teacher):
+    def __init__(self, value): self.value = value
+    def outputs(self, xb, layers=(), pred=True): return self.value, {}
+
+def class_with(body, **members): return type('Made', (object,), dict(run=body, __module__=__name__, **members))
+def seeded(width=2, seed=0): return helpers.seeded(nn.Linear, width, width, seed=seed)
+def inputs_of(x): return x
+def other_inputs(x): return -x
+
+DIFFERENT = dict(functions=lambda: (add, subtract), order_of_parameters=lambda: (partial(subtract, a=1, b=2), partial(from_right, a=1, b=2)),
+    defaults=lambda: (with_default, other_default), keywords=lambda: (keyword, other_keyword),
+    closures=lambda: (holder(1), holder(2)), inner_functions=lambda: (nested(1), nested(2)), recursion=lambda: (recursive(1), recursive(2)),
+    lambdas=lambda: (lambda x: x + 1, lambda x: x + 2), decorators=lambda: (decorated(add), decorated(subtract)),
+    remembered=lambda: (functools.lru_cache(add), functools.lru_cache(subtract)),
+    partials=lambda: (partial(add, b=1), partial(add, b=2)), methods=lambda: (Plain(1).method, Plain(2).method),
+    bound_builtins=lambda: ('a'.join, 'b'.join), callables=lambda: (Plain(1), Plain(2)), slots=lambda: (Slots(1), Slots(2)),
+    dataclass=lambda: (Point(1), Point(2)), enums=lambda: (Color.red, Color.blue),
+    class_bodies=lambda: (class_with(add), class_with(subtract)), class_constants=lambda: (class_with(add, n=1), class_with(add, n=2)),
+    properties=lambda: (class_with(add, p=property(add)), class_with(add, p=property(subtract))),
+    cached_properties=lambda: tuple(class_with(add, p=functools.cached_property(o)) for o in (add, subtract)),
+    partial_methods=lambda: (class_with(add, p=partialmethod(add, 1)), class_with(add, p=partialmethod(add, 2))),
+    static_methods=lambda: (class_with(add, p=staticmethod(add)), class_with(add, p=staticmethod(subtract))),
+    lists=lambda: ([1, 2], [2, 1]), dicts=lambda: (dict(a=1), dict(a=2)), sets=lambda: ({'a', 'b'}, {'a', 'c'}),
+    ints_and_text=lambda: (1, '1'), deques=lambda: (collections.deque([add]), collections.deque([subtract])), l=lambda: (L(add), L(subtract)),
+    namespaces=lambda: (types.SimpleNamespace(f=add), types.SimpleNamespace(f=subtract)),
+    arguments=lambda: (argparse.Namespace(classes={'a'}), argparse.Namespace(classes={'b'})),
+    arrays=lambda: (np.zeros(10_000), np.r_[np.zeros(9_999), 1.]), tensors=lambda: (torch.zeros(10_000), torch.ones(10_000)),
+    frames=lambda: (pd.DataFrame(dict(a=range(1000))), pd.DataFrame(dict(a=[*range(999), 0]))),
+    weights=lambda: (seeded(seed=0), seeded(seed=1)), layer_settings=lambda: (nn.Dropout(.1), nn.Dropout(.2)),
+    own_layers_inside=lambda: (nn.Sequential(Scale(1), nn.ReLU()), nn.Sequential(Scale(2), nn.ReLU())),
+    learners=lambda: tuple(learner(helpers.seeded(convnet, o)) for o in (2, 3)), focal=lambda: (FocalLossFlat(gamma=1), FocalLossFlat(gamma=5)),
+    smoothing=lambda: (LabelSmoothingCrossEntropyFlat(eps=.1), LabelSmoothingCrossEntropyFlat(eps=.2)),
+    class_weights=lambda: (CrossEntropyLossFlat(weight=torch.ones(2)), CrossEntropyLossFlat(weight=torch.zeros(2))),
+    of_torch=lambda: (nn.CrossEntropyLoss(label_smoothing=.1), nn.CrossEntropyLoss(label_smoothing=.2)),
+    losses=lambda: (SoftTarget(T=2), SoftTarget(T=4)), callbacks=lambda: (partial(MixUp, .1), partial(MixUp, .9)),
+    monitors=lambda: (SaveModelCallback(monitor='accuracy'), SaveModelCallback(monitor='valid_loss')),
+    metrics=lambda: (AvgMetric(accuracy), AvgMetric(error_rate)), accumulated=lambda: (AccumMetric(add), AccumMetric(subtract)),
+    stored=lambda: (StoredTeacher(torch.zeros(5, 2)), StoredTeacher(torch.ones(5, 2))),
+    frozen_inputs=lambda: tuple(Frozen(seeded(), inputs=o) for o in (inputs_of, other_inputs)),
+    mean_teachers=lambda: (MeanTeacher(decay=.9), MeanTeacher(decay=.5)), own_teachers=lambda: (Answers(1), Answers(2)),
+    ensembles=lambda: (Ensemble([seeded()], 'logits'), Ensemble([seeded()], 'geometric')),
+    cached=lambda: (CachedTeacher(seeded(seed=0)), CachedTeacher(seeded(seed=1))))
+
+@pytest.mark.parametrize('make', DIFFERENT.values(), ids=DIFFERENT)
+def test_differences(make):
+    "What differs has other names, also behind a function; what is made again has the same"
+    one, other = make()
+    assert description(one) != description(other) and description(holder(one)) != description(holder(other))
+    assert [description(o) for o in (one, other)] == [description(o) for o in make()]
+
+SCRIPT = """
+import sys; sys.path.insert(0, 'tests')
+from test_description import DIFFERENT, Scale
+from fastkd.description import description
+class Net(Scale):
+    def __init__(self):
+        super().__init__(1)
+        for name in 'abcdefgh': setattr(self, name, [Scale(2), {name, name*2, name*3}])
+print(*(description(o) for make in DIFFERENT.values() for o in make()), description(Net()), description({1.: add for add in [len]}))
+"""
+
+def test_processes():
+    "Sets have another order in each, objects another address, and a terminal another width"
+    env = [dict(PYTHONHASHSEED=str(i), COLUMNS=str(60*i)) for i in (1, 2)]
+    told = [subprocess.run([sys.executable, '-W', 'ignore', '-c', SCRIPT], capture_output=True, text=True, env={**os.environ, **o},
+        cwd=Path(__file__).parent.parent) for o in env]
+    one, other = (o.stdout.split() for o in told)
+    assert len(one) == 2*len(DIFFERENT) + 2, told[0].stderr
+    assert [a == b for a, b in zip(one, other)] == [True]*len(one)
+
+def test_what_has_no_end():
+    "Cycles, depth, what is shared many times"
+    ring, table, deep, shared = [], {}, holder(0), [1]
+    ring.append(ring)
+    table['table'] = table
+    for _ in range(3000): deep = holder(deep)
+    for _ in range(60): shared = [shared, shared]
+    a, b = Plain(1), Plain(2)
+    a.other, b.other = b, a
+    assert len({description(o) for o in (ring, table, deep, shared, a, b)}) == 6
+
+def test_what_cannot_be_looked_into():
+    lazy, meta = nn.LazyLinear(3), nn.Linear(2, 3, device='meta')
+    assert len({description(o) for o in (lazy, meta, open, object(), (o for o in 'abc'))}) == 5
+
+def test_data_are_not_looked_into():
+    "Their type, size and batch size"
+    class Own(torch.utils.data.Dataset):
+        def __init__(self, n): self.n, self.seen = n, {}
+        def __len__(self): return self.n
+        def __getitem__(self, i): return self.seen.setdefault(i, i)
+    data = Own(3)
+    before = description(data)
+    data[0]
+    assert description(data) == before != description(Own(4))
+    dls = learner().dls
+    assert description(dls.train) == description(learner().dls.train) != description(dls.train.new(bs=7))
+
+def test_what_runs_does_not_count():
+    "A metric that was used, a class that keeps a list, a recurrent state"
+    metric = AvgMetric(accuracy)
+    before = description(metric)
+    metric.reset()
+    assert description(metric) == before
+    kept = class_with(add, seen=[])
+    before = description(kept)
+    kept.seen.append(1)
+    assert description(kept) == before
+
+def test_what_is_said_does_not_count():
+    def one(): "A docstring"
+    def another(): "Another docstring"
+    another.__name__, another.__qualname__ = one.__name__, one.__qualname__
+    assert description(one) == description(another)
+
+def test_modules_of_the_user(tmp_path, monkeypatch):
+    "Named in full, imported within a function, or as an attribute of a package"
+    package = tmp_path/'mine_described'
+    package.mkdir()
+    (package/'__init__.py').touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    code = 'import mine_described.models\ndef by_name(): return mine_described.models.make()\n' \
+        'def within():\n    from mine_described.models import make\n    return make()\n'
+    def told(number):
+        (package/'models.py').write_text(f'def make(): return {number}\n')
+        for name in [o for o in sys.modules if o.startswith('mine_described')]: del sys.modules[name]
+        names = dict(__name__='__main__')
+        exec(code, names)
+        return [description(names[o]) for o in ('by_name', 'within')]
+    sys.dont_write_bytecode = True
+    first, second = told(1), told(22)
+    assert first == told(1) and [a == b for a, b in zip(first, second)] == [False, False]
