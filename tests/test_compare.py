@@ -8,6 +8,7 @@ from fastkd.statistics import holm, mean_interval, paired_interval
 from functools import lru_cache, partial
 from helpers import At, convnet, learner, trained_teacher
 from pathlib import Path
+from torch import nn
 
 def make(): return learner(convnet(4))
 def make_wide(): return learner(convnet(6, p=.2))
@@ -326,6 +327,12 @@ def test_tuning_looks_at_the_validation_set_only():
     quick({ALONE: [at_lr(1e-2), at_lr(1e-3)], 'same': None}, metric=on_test)
     assert len(calls) == 4 # two set-ups, two seeds
 
+def test_a_direction_is_that_of_its_metric():
+    "A smaller test error is better, and candidates are chosen by a validation metric of which the larger is better"
+    def test_loss(learn): return learn.validate()[0]
+    found = quick({ALONE: [at_lr(1e-2), at_lr(30.)], 'same': None}, metric=test_loss, lower_is_better=True)
+    assert found.trials['alone'][0] > found.trials['alone'][1] and found.chosen == dict(alone=0)
+
 def test_more_trials_than_the_baseline():
     with pytest.raises(ValueError, match="'kd' has 2 candidates and the baseline 1: what is tuned more, looks better"):
         quick(dict(kd=[kd, kd]))
@@ -375,6 +382,11 @@ def test_values_of_a_sweep():
     assert twice.values()['T=2'].tolist() == quick(dict(kd=partial(kd, 2))).values()['kd'].tolist()
     fractions = go(lambda weight: kd(weight=weight), weight=np.linspace(.1, .3, 3))
     assert list(fractions.values()) == ['alone', 'weight=0.1', 'weight=0.2', 'weight=0.3']
+    named = go(lambda loss: KnowledgeDistillationCallback(trained_teacher(), loss), loss=dict(soft=SoftTarget(T=4), logits=Logits()))
+    assert list(named.values()) == ['alone', 'loss=soft', 'loss=logits']
+    for values in ([lambda: 1], [.1234567, .1234568], [nn.Linear(1, 1), nn.Linear(1, 1)]):
+        with pytest.raises(ValueError, match=r'is no name for a value of T, or one of two: give them names, T=dict\('): go(kd, T=values)
+    with pytest.raises(TypeError, match='a sweep has several values'): go(kd, T='abc')
     rising = go(kd, T=[1], lower_is_better=True)
     assert rising.lower_is_better
 
@@ -382,9 +394,10 @@ def test_values_of_a_sweep():
     (dict(kd=kd()), TypeError, "'kd': learners and callbacks are made anew for each run, by functions: lambda"),
     (dict(kd=dict(make_learner=4)), TypeError, "'kd': learners and callbacks are made anew"),
     (dict(kd=dict(loss=kd)), TypeError, "'kd' says loss: a set-up is a dict of make_learner, fit and cbs"),
+    (dict(kd=dict(cbs=[kd])), TypeError, "'kd': learners and callbacks are made anew"),
     (dict(kd=dict(fit=lambda learn: learn.fit(1))), TypeError, "'kd': fit takes a learner and the callbacks of a run"),
     (dict(kd=[]), ValueError, "'kd' has no candidate"),
-    ({}, ValueError, 'at least one set-up beside the baseline')], ids=['instance', 'number', 'unknown', 'no callbacks', 'empty', 'none'])
+    ({}, ValueError, 'at least one set-up beside the baseline')], ids=['instance', 'number', 'unknown', 'list', 'no callbacks', 'empty', 'none'])
 def test_set_ups_that_are_none(setups, error, text):
     with pytest.raises(error, match=re.escape(text)): quick(setups)
 
@@ -394,7 +407,9 @@ def test_set_ups_that_are_no_dict(setups):
 
 def test_numbers_of_seeds():
     assert quick(dict(same=None), seeds=np.int64(2)).values().shape == (2, 2)
-    with pytest.raises(TypeError): quick(dict(same=None), seeds=2.5)
+    assert quick(dict(same=None), seeds={1, 2}).values().index.tolist() == [1, 2]
+    for seeds in (2.5, [.2, .7]):
+        with pytest.raises(TypeError): quick(dict(same=None), seeds=seeds)
     with pytest.raises(ValueError, match='candidates are chosen by tuning_seeds, and there is none'):
         quick({ALONE: [at_lr(1e-2), at_lr(1e-3)]} | dict(same=None), tuning_seeds=0)
 

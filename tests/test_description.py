@@ -64,39 +64,44 @@ def seeded(width=2, seed=0): return helpers.seeded(nn.Linear, width, width, seed
 def inputs_of(x): return x
 def other_inputs(x): return -x
 
-DIFFERENT = dict(functions=lambda: (add, subtract), order_of_parameters=lambda: (partial(subtract, a=1, b=2), partial(from_right, a=1, b=2)),
-    defaults=lambda: (with_default, other_default), keywords=lambda: (keyword, other_keyword),
-    closures=lambda: (holder(1), holder(2)), inner_functions=lambda: (nested(1), nested(2)), recursion=lambda: (recursive(1), recursive(2)),
-    lambdas=lambda: (lambda x: x + 1, lambda x: x + 2), decorators=lambda: (decorated(add), decorated(subtract)),
-    remembered=lambda: (functools.lru_cache(add), functools.lru_cache(subtract)),
-    partials=lambda: (partial(add, b=1), partial(add, b=2)), methods=lambda: (Plain(1).method, Plain(2).method),
-    bound_builtins=lambda: ('a'.join, 'b'.join), callables=lambda: (Plain(1), Plain(2)), slots=lambda: (Slots(1), Slots(2)),
-    dataclass=lambda: (Point(1), Point(2)), enums=lambda: (Color.red, Color.blue),
-    class_bodies=lambda: (class_with(add), class_with(subtract)), class_constants=lambda: (class_with(add, n=1), class_with(add, n=2)),
-    properties=lambda: (class_with(add, p=property(add)), class_with(add, p=property(subtract))),
-    cached_properties=lambda: tuple(class_with(add, p=functools.cached_property(o)) for o in (add, subtract)),
-    partial_methods=lambda: (class_with(add, p=partialmethod(add, 1)), class_with(add, p=partialmethod(add, 2))),
-    static_methods=lambda: (class_with(add, p=staticmethod(add)), class_with(add, p=staticmethod(subtract))),
-    lists=lambda: ([1, 2], [2, 1]), dicts=lambda: (dict(a=1), dict(a=2)), sets=lambda: ({'a', 'b'}, {'a', 'c'}),
-    ints_and_text=lambda: (1, '1'), deques=lambda: (collections.deque([add]), collections.deque([subtract])), l=lambda: (L(add), L(subtract)),
-    namespaces=lambda: (types.SimpleNamespace(f=add), types.SimpleNamespace(f=subtract)),
-    arguments=lambda: (argparse.Namespace(classes={'a'}), argparse.Namespace(classes={'b'})),
-    arrays=lambda: (np.zeros(10_000), np.r_[np.zeros(9_999), 1.]), tensors=lambda: (torch.zeros(10_000), torch.ones(10_000)),
-    frames=lambda: (pd.DataFrame(dict(a=range(1000))), pd.DataFrame(dict(a=[*range(999), 0]))),
-    weights=lambda: (seeded(seed=0), seeded(seed=1)), layer_settings=lambda: (nn.Dropout(.1), nn.Dropout(.2)),
-    own_layers_inside=lambda: (nn.Sequential(Scale(1), nn.ReLU()), nn.Sequential(Scale(2), nn.ReLU())),
-    learners=lambda: tuple(learner(helpers.seeded(convnet, o)) for o in (2, 3)), focal=lambda: (FocalLossFlat(gamma=1), FocalLossFlat(gamma=5)),
-    smoothing=lambda: (LabelSmoothingCrossEntropyFlat(eps=.1), LabelSmoothingCrossEntropyFlat(eps=.2)),
-    class_weights=lambda: (CrossEntropyLossFlat(weight=torch.ones(2)), CrossEntropyLossFlat(weight=torch.zeros(2))),
-    of_torch=lambda: (nn.CrossEntropyLoss(label_smoothing=.1), nn.CrossEntropyLoss(label_smoothing=.2)),
-    losses=lambda: (SoftTarget(T=2), SoftTarget(T=4)), callbacks=lambda: (partial(MixUp, .1), partial(MixUp, .9)),
-    monitors=lambda: (SaveModelCallback(monitor='accuracy'), SaveModelCallback(monitor='valid_loss')),
-    metrics=lambda: (AvgMetric(accuracy), AvgMetric(error_rate)), accumulated=lambda: (AccumMetric(add), AccumMetric(subtract)),
-    stored=lambda: (StoredTeacher(torch.zeros(5, 2)), StoredTeacher(torch.ones(5, 2))),
-    frozen_inputs=lambda: tuple(Frozen(seeded(), inputs=o) for o in (inputs_of, other_inputs)),
-    mean_teachers=lambda: (MeanTeacher(decay=.9), MeanTeacher(decay=.5)), own_teachers=lambda: (Answers(1), Answers(2)),
-    ensembles=lambda: (Ensemble([seeded()], 'logits'), Ensemble([seeded()], 'geometric')),
-    cached=lambda: (CachedTeacher(seeded(seed=0)), CachedTeacher(seeded(seed=1))))
+DIFFERENT = dict(functions=lambda: (add, subtract))
+DIFFERENT |= dict(order_of_parameters=lambda: (partial(subtract, a=1, b=2), partial(from_right, a=1, b=2)))
+DIFFERENT |= dict(defaults=lambda: (with_default, other_default), keywords=lambda: (keyword, other_keyword))
+DIFFERENT |= dict(closures=lambda: (holder(1), holder(2)), inner_functions=lambda: (nested(1), nested(2)))
+DIFFERENT |= dict(recursion=lambda: (recursive(1), recursive(2)), lambdas=lambda: (lambda x: x + 1, lambda x: x + 2))
+DIFFERENT |= dict(decorators=lambda: (decorated(add), decorated(subtract)))
+DIFFERENT |= dict(remembered=lambda: (functools.lru_cache(add), functools.lru_cache(subtract)))
+DIFFERENT |= dict(partials=lambda: (partial(add, b=1), partial(add, b=2)), methods=lambda: (Plain(1).method, Plain(2).method))
+DIFFERENT |= dict(bound_builtins=lambda: ('a'.join, 'b'.join), callables=lambda: (Plain(1), Plain(2)), slots=lambda: (Slots(1), Slots(2)))
+DIFFERENT |= dict(dataclass=lambda: (Point(1), Point(2)), enums=lambda: (Color.red, Color.blue))
+DIFFERENT |= dict(class_bodies=lambda: (class_with(add), class_with(subtract)))
+DIFFERENT |= dict(class_constants=lambda: (class_with(add, n=1), class_with(add, n=2)))
+DIFFERENT |= dict(properties=lambda: (class_with(add, p=property(add)), class_with(add, p=property(subtract))))
+DIFFERENT |= dict(cached_properties=lambda: tuple(class_with(add, p=functools.cached_property(o)) for o in (add, subtract)))
+DIFFERENT |= dict(partial_methods=lambda: (class_with(add, p=partialmethod(add, 1)), class_with(add, p=partialmethod(add, 2))))
+DIFFERENT |= dict(static_methods=lambda: (class_with(add, p=staticmethod(add)), class_with(add, p=staticmethod(subtract))))
+DIFFERENT |= dict(lists=lambda: ([1, 2], [2, 1]), dicts=lambda: (dict(a=1), dict(a=2)), sets=lambda: ({'a', 'b'}, {'a', 'c'}))
+DIFFERENT |= dict(ints_and_text=lambda: (1, '1'), deques=lambda: (collections.deque([add]), collections.deque([subtract])))
+DIFFERENT |= dict(l=lambda: (L(add), L(subtract)), namespaces=lambda: (types.SimpleNamespace(f=add), types.SimpleNamespace(f=subtract)))
+DIFFERENT |= dict(arguments=lambda: (argparse.Namespace(classes={'a'}), argparse.Namespace(classes={'b'})))
+DIFFERENT |= dict(arrays=lambda: (np.zeros(10_000), np.r_[np.zeros(9_999), 1.]), tensors=lambda: (torch.zeros(10_000), torch.ones(10_000)))
+DIFFERENT |= dict(frames=lambda: (pd.DataFrame(dict(a=range(1000))), pd.DataFrame(dict(a=[*range(999), 0]))))
+DIFFERENT |= dict(weights=lambda: (seeded(seed=0), seeded(seed=1)), layer_settings=lambda: (nn.Dropout(.1), nn.Dropout(.2)))
+DIFFERENT |= dict(own_layers_inside=lambda: (nn.Sequential(Scale(1), nn.ReLU()), nn.Sequential(Scale(2), nn.ReLU())))
+DIFFERENT |= dict(learners=lambda: tuple(learner(helpers.seeded(convnet, o)) for o in (2, 3)))
+DIFFERENT |= dict(focal=lambda: (FocalLossFlat(gamma=1), FocalLossFlat(gamma=5)))
+DIFFERENT |= dict(smoothing=lambda: (LabelSmoothingCrossEntropyFlat(eps=.1), LabelSmoothingCrossEntropyFlat(eps=.2)))
+DIFFERENT |= dict(class_weights=lambda: (CrossEntropyLossFlat(weight=torch.ones(2)), CrossEntropyLossFlat(weight=torch.zeros(2))))
+DIFFERENT |= dict(of_torch=lambda: (nn.CrossEntropyLoss(label_smoothing=.1), nn.CrossEntropyLoss(label_smoothing=.2)))
+DIFFERENT |= dict(losses=lambda: (SoftTarget(T=2), SoftTarget(T=4)), callbacks=lambda: (partial(MixUp, .1), partial(MixUp, .9)))
+DIFFERENT |= dict(monitors=lambda: (SaveModelCallback(monitor='accuracy'), SaveModelCallback(monitor='valid_loss')))
+DIFFERENT |= dict(metrics=lambda: (AvgMetric(accuracy), AvgMetric(error_rate)))
+DIFFERENT |= dict(accumulated=lambda: (AccumMetric(add), AccumMetric(subtract)))
+DIFFERENT |= dict(stored=lambda: (StoredTeacher(torch.zeros(5, 2)), StoredTeacher(torch.ones(5, 2))))
+DIFFERENT |= dict(frozen_inputs=lambda: tuple(Frozen(seeded(), inputs=o) for o in (inputs_of, other_inputs)))
+DIFFERENT |= dict(mean_teachers=lambda: (MeanTeacher(decay=.9), MeanTeacher(decay=.5)), own_teachers=lambda: (Answers(1), Answers(2)))
+DIFFERENT |= dict(ensembles=lambda: (Ensemble([seeded()], 'logits'), Ensemble([seeded()], 'geometric')))
+DIFFERENT |= dict(cached=lambda: (CachedTeacher(seeded(seed=0)), CachedTeacher(seeded(seed=1))))
 
 @pytest.mark.parametrize('make', DIFFERENT.values(), ids=DIFFERENT)
 def test_differences(make):
