@@ -145,7 +145,8 @@ class Runs:
         about:dict=None, # From names to functions that all runs have in common
     ):
         self.path, self.found = None if path is None else Path(path), {}
-        if path is not None: self._read(dict(python='.'.join(platform.python_version_tuple()[:2])) | {key: description(o) for key, o in (about or {}).items()})
+        python = '.'.join(platform.python_version_tuple()[:2]) # each has instructions of its own
+        if path is not None: self._read(dict(python=python) | {key: description(o) for key, o in (about or {}).items()})
 
     def keep(self, name, seed, run):
         "Remember a run"

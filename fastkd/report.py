@@ -449,7 +449,8 @@ def report(
     learn = _as_learner(student, teacher)
     teacher = _as_frozen(teacher, learn)
     if dl is None: dl = learn.dls.valid
-    if dl is learn.dls.valid and not len(dl): raise ValueError('the learner was loaded, and has no data: report(student, teacher, dl=dls.valid)')
+    if dl is learn.dls.valid and not len(dl):
+        raise ValueError('the learner was loaded, and has no data: report(student, teacher, dl=dls.valid)')
     with as_found([learn.model, teacher.module], dl):
         teacher.to(next(learn.model.parameters(), torch.empty(0)).device)
         comparison = compared(learn, teacher, dl)

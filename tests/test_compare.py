@@ -397,7 +397,8 @@ def test_values_of_a_sweep():
     (dict(kd=dict(cbs=[kd])), TypeError, "'kd': learners and callbacks are made anew"),
     (dict(kd=dict(fit=lambda learn: learn.fit(1))), TypeError, "'kd': fit takes a learner and the callbacks of a run"),
     (dict(kd=[]), ValueError, "'kd' has no candidate"),
-    ({}, ValueError, 'at least one set-up beside the baseline')], ids=['instance', 'number', 'unknown', 'list', 'no callbacks', 'empty', 'none'])
+    ({}, ValueError, 'at least one set-up beside the baseline')],
+    ids=['instance', 'number', 'unknown', 'list', 'no callbacks', 'empty', 'none'])
 def test_set_ups_that_are_none(setups, error, text):
     with pytest.raises(error, match=re.escape(text)): quick(setups)
 
