@@ -361,7 +361,23 @@ CACHE = [ # what is remembered
         'self.versions, self.epoch_start, self.n_epoch = self.versions,', 'test_cache.py::test_weights_changed_out_of_sight'),
     Mutant('a cache knows no limit', MEMORY, 'self.n_bytes > self.max_bytes: self', 'False: self', 'test_cache.py::test_oldest_out_first')]
 
-MUTANTS = TEACHER + LOOP + CHECKPOINTS + PROCESSES + ADAPTERS + ACTIVATIONS + LOSSES + SCHEMES + CACHE
+D, WHAT = 'description.py', 'test_description.py::'
+KNOWN = [ # what an experiment was made of, and which candidate was best
+    Mutant('sets are described in their order', D, 'return sorted(map(description, o))', 'return [*map(description, o)]',
+        f'{WHAT}test_processes'),
+    Mutant('inner functions are not seen', D, 'for name in code.co_names})', 'for name in func.__code__.co_names})',
+        'test_compare.py::test_description_of_what_is_named'),
+    Mutant('defaults are not described', D, 'o.__defaults__, o.__kwdefaults__', 'None, None', f'{WHAT}test_differences[defaults]'),
+    Mutant('bases and members of classes are not described', D, "    return o.__bases__, {", "    return o.__qualname__, not {",
+        f'{WHAT}test_differences[class_bodies]'),
+    Mutant('layers inside a model are not described', D, 'modules=o._modules', 'modules=None',
+        f'{WHAT}test_differences[own_layers_inside]'),
+    Mutant('datasets are looked into', D, 'Dataset, torch.utils.data.DataLoader), _of_data', 'torch.utils.data.DataLoader), _of_data',
+        f'{WHAT}test_data_are_not_looked_into'),
+    Mutant('candidates are judged by the direction of another metric', 'compare.py', 'if callable(metric): metric = lower_is_better = None',
+        'if callable(metric): metric = None', 'test_compare.py::test_a_direction_is_that_of_its_metric')]
+
+MUTANTS = TEACHER + LOOP + CHECKPOINTS + PROCESSES + ADAPTERS + ACTIVATIONS + LOSSES + SCHEMES + CACHE + KNOWN
 
 # ---- Running them: each in a copy of the project, in a process of its own that finds torch and fastai imported
 
