@@ -78,7 +78,7 @@ def _of_class(o):
 # %% ../nbs/04_description.ipynb #ea2dc58e
 _SETTINGS_ONLY = Callback, Metric # they count while they run
 
-def _of_module_or_object(o):
+def _of_object(o):
     "Attributes; of what counts while it runs, those that it was made with"
     slots = [name for cls in type(o).__mro__ for name in listify(getattr(cls, '__slots__', ())) if name != '__weakref__']
     state = {name: getattr(o, name, None) for name in slots} | getattr(o, '__dict__', {})
@@ -126,7 +126,7 @@ def _parts(o):
     if isinstance(o, (dict, MappingProxyType)): return [*o.items()]
     if isinstance(o, (set, frozenset)): return sorted(map(description, o))
     if isinstance(o, (list, tuple, deque, L)): return [*o]
-    if _shows(o): return _of_module_or_object(o)
+    if _shows(o): return _of_object(o)
     said = repr(o)
     return type(o), None if re.search(' at 0x|<.*(id=|ident)', said) else said
 

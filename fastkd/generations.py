@@ -16,16 +16,15 @@ import numpy as np, pandas as pd, torch
 from fastai.basics import Learner
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
-from torch import Tensor, nn
-from .cache import _described
+from torch import nn
 from .callback import KnowledgeDistillationCallback
 from .checkpoints import SAFE, _random_states, _set_random_states
+from .description import description
 from .ensemble import Ensemble
 from .losses.response import SoftTarget
 from .modules import unwrap_model
 from .schedules import scheduled_value
-from .shared import content_digest, whole_file
-from .teachers import Teacher
+from .shared import whole_file
 
 # %% ../nbs/33_generations.ipynb #56bd7654
 def _lessons(loss, generations, teacher, settings):
@@ -72,28 +71,17 @@ def _evaluate(learn):
     names = ['valid_loss', *learn.metrics.attrgot('name')]
     return {name: None if o is None else torch.as_tensor(o).tolist() for name, o in zip(names, values)}
 
-# %% ../nbs/33_generations.ipynb #4d0f5a21
-def _contents(teacher):
-    "What a teacher answers from, its numbers and its settings; nothing of one that learns during the fit"
-    if isinstance(teacher, (list, tuple)): return [value for member in teacher for value in _contents(member)]
-    if isinstance(teacher, (nn.Module, Learner)): return [*unwrap_model(teacher).state_dict().values()]
-    if isinstance(teacher, (Tensor, np.ndarray)): return [teacher]
-    if not isinstance(teacher, Teacher) or teacher.learns: return []
-    return [*_contents(teacher.source if hasattr(teacher, 'source') else teacher.modules()), _described(teacher.settings())]
-
-def _digest(values): return content_digest(dict(enumerate(values)))[:8] # a few digits
-
 # %% ../nbs/33_generations.ipynb #4d0f5a23
 def _teaching(teacher, ensemble, wrap):
     "Who teaches, in words"
-    first = [] if teacher is None else [f'first {type(teacher).__name__} {_digest(_contents(teacher))}']
+    first = [] if teacher is None else [f'first {type(teacher).__name__} {description(teacher)[:8]}']
     around = [] if wrap is None else [f"in {getattr(wrap, '__name__', repr(wrap))}"]
     return ', '.join(['all before it' if ensemble else 'the one before it', *first, *around])
 
 def _curve(name, curve, weight):
     "A curve in words and digits"
     values = [float(scheduled_value(curve, weight, i/1000)) for i in range(1001)]
-    return f'{name} {values[0]:g} to {values[-1]:g} by curve {_digest([np.array(values)])}'
+    return f'{name} {values[0]:g} to {values[-1]:g} by curve {description(values)[:8]}'
 
 def _description(lesson, teaching):
     "What distinguishes the generation of one run from that of another, in words"
