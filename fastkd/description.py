@@ -6,17 +6,19 @@
 __all__ = ['is_own', 'description']
 
 # %% ../nbs/04_description.ipynb #ea0b476f
-import functools, hashlib, inspect, re, sys
+import dis, functools, hashlib, inspect, re, sys
 from collections import deque
 from enum import Enum
 from functools import cached_property, partialmethod
 from numbers import Number
 from pathlib import Path
-from types import BuiltinFunctionType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MappingProxyType, MethodType, MethodWrapperType, ModuleType
 
 import numpy as np, pandas as pd, torch
 from fastai.basics import Callback, DataLoader, DataLoaders, L, Learner, Metric
 from fastcore.basics import listify
+from fasttransform import Pipeline, Transform
+from plum import Function
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import Dataset
@@ -42,12 +44,14 @@ def _instructions(func):
     return [([getattr(code, name) for name in facts], [o for o in code.co_consts if not isinstance(o, CodeType) and o != func.__doc__])
         for code in _codes(func.__code__)]
 
+_OUTSIDE = 'LOAD_GLOBAL', 'LOAD_NAME', 'LOAD_FROM_DICT_OR_GLOBALS', 'IMPORT_NAME'
+
 def _named(func):
-    "What a function names that stands outside of it, by name"
+    "What a function names that stands outside of it, by name; attributes of other things may be called the same"
     names = sorted({name for code in _codes(func.__code__) for name in code.co_names})
-    imported = {name: sys.modules[name] for name in names if '.' in name and name in sys.modules}
-    found = imported | {name: func.__globals__[name] for name in names if name in func.__globals__}
-    return {name: _of_module(o, names) if isinstance(o, ModuleType) else o for name, o in found.items()}
+    outside = {(o.opname, o.argval) for code in _codes(func.__code__) for o in dis.get_instructions(code) if o.opname in _OUTSIDE}
+    found = {name: (sys.modules if kind == 'IMPORT_NAME' else func.__globals__).get(name) for kind, name in sorted(outside)}
+    return {name: _of_module(o, names) if isinstance(o, ModuleType) else o for name, o in found.items() if o is not None}
 
 # %% ../nbs/04_description.ipynb #b689a1a4
 def _of_module(module, names, depth=4):
@@ -69,22 +73,31 @@ def _of_function(o):
     return o.__module__, o.__qualname__, [*map(_content, o.__closure__ or ())] if '<locals>' in o.__qualname__ else None
 
 def _of_class(o):
-    "The user's by its bases and what is defined in it; mutable attributes may grow from run to run, and are left out"
+    "The user's by its bases and what is defined in it"
     if not is_own(o.__module__): return o.__module__, o.__qualname__
     own = (*_LEAVES, tuple, frozenset, property, staticmethod, classmethod, cached_property, partialmethod)
     return o.__bases__, {name: value for name, value in sorted(vars(o).items()) if callable(value)
-        or isinstance(value, own) and not name.startswith('__')}
+        or (isinstance(value, own) or _of_leaves(value)) and not name.startswith('__')}
+
+def _of_leaves(o):
+    "Lists of numbers or names are settings; what else a class holds that can change may grow from run to run"
+    return isinstance(o, (list, set, dict)) and all(isinstance(v, _LEAVES) for v in (o.values() if isinstance(o, dict) else o))
 
 # %% ../nbs/04_description.ipynb #ea2dc58e
-_SETTINGS_ONLY = Callback, Metric # they count while they run
+def _settings(o, state):
+    "Attributes that an object was made with, and not those that it came to hold while it ran"
+    made_with = {name for cls in type(o).__mro__ for name in inspect.signature(cls.__init__).parameters} | {'encodes', 'decodes'}
+    found = {name: value for name, value in state.items() if name in made_with - {'split_idx'}} # which some note as they run
+    if isinstance(o, (Callback, Metric)) and len(found) < len(inspect.signature(type(o)).parameters): # it calls them otherwise
+        found = {name: value for name, value in state.items() if name != 'learn'}
+    return found
 
 def _of_object(o):
-    "Attributes; of what counts while it runs, those that it was made with"
+    "Attributes"
     slots = [name for cls in type(o).__mro__ for name in listify(getattr(cls, '__slots__', ())) if name != '__weakref__']
     state = {name: getattr(o, name, None) for name in slots} | getattr(o, '__dict__', {})
-    if isinstance(o, _SETTINGS_ONLY): state = {name: state[name] for name in inspect.signature(type(o)).parameters if name in state}
+    if _counts(o): state = _settings(o, state)
     if isinstance(o, nn.Module):
-        if hasattr(o, 'reset'): state = {} # a recurrent model keeps the state of its last sequence
         state = {name: value for name, value in state.items() if name not in vars(nn.Module())}
         state |= dict(parameters=o._parameters, buffers=o._buffers, modules=o._modules)
     return type(o), state
@@ -94,18 +107,34 @@ def _of_array(o):
     if isinstance(o, Tensor) and (is_lazy(o) or o.is_meta): return str(o.dtype), None if is_lazy(o) else tuple(o.shape)
     return content_digest(dict(values=o)),
 
-def _of_data(o): return type(o), len(o) if hasattr(o, '__len__') else None, getattr(o, 'bs', getattr(o, 'batch_size', None))
+def _of_data(o):
+    "Sizes, and what is done to each sample"
+    if isinstance(o, DataLoaders): return [*o.loaders]
+    try: size = len(o)
+    except TypeError: size = None # a stream
+    names = 'bs', 'batch_size', 'shuffle', 'drop_last', 'after_item', 'before_batch', 'after_batch', 'transform', 'target_transform'
+    data = getattr(o, 'dataset', None)
+    return type(o), size, [getattr(o, name, None) for name in names], data if isinstance(data, Dataset) else \
+        [part.tfms for part in getattr(data, 'tls', ())]
 
 # %% ../nbs/04_description.ipynb #0e352ccb
 def _shows(o):
     "Whether an object is described by its attributes"
-    kind = type(o)
-    return is_own(kind.__module__) or hasattr(o, '__dataclass_fields__') or isinstance(o, (nn.Module, Callback, Metric)) or \
-        kind.__module__ in ('types', 'argparse', 'fastai.losses')
+    known = (nn.Module, Callback, Metric, Transform, torch.distributions.Distribution)
+    return is_own(type(o).__module__) or hasattr(o, '__dataclass_fields__') or isinstance(o, known) or \
+        type(o).__module__.split('.')[0] in ('types', 'argparse', 'fastai')
+
+def _counts(o):
+    "Whether attributes change while an object is used"
+    if isinstance(o, nn.Module): return isinstance(o, nn.RNNBase) or hasattr(o, 'reset')
+    of_fastai = type(o).__module__.startswith('fastai.') and type(o).__module__ != 'fastai.losses'
+    return of_fastai or isinstance(o, (Callback, Metric, Transform))
 
 _PARTS = [ # what it is, and what it consists of
     (Learner, lambda o: (unwrap_model(o),)),
     ((DataLoaders, DataLoader, Dataset, torch.utils.data.DataLoader), _of_data),
+    (Pipeline, lambda o: [*o.fs]),
+    (Function, lambda o: [method.implementation for method in o.methods]), # what fastai calls by types
     ((Tensor, np.ndarray), _of_array),
     ((pd.DataFrame, pd.Series, pd.Index), lambda o: (pd.util.hash_pandas_object(o).to_numpy(),)),
     (functools.partial, lambda o: (o.func, o.args, o.keywords)),
@@ -113,7 +142,7 @@ _PARTS = [ # what it is, and what it consists of
     (property, lambda o: (o.fget, o.fset)),
     (cached_property, lambda o: (o.func,)),
     ((staticmethod, classmethod, functools._lru_cache_wrapper), lambda o: (o.__wrapped__,)),
-    ((MethodType, BuiltinFunctionType), lambda o: (o.__name__, o.__self__)),
+    ((MethodType, BuiltinFunctionType, MethodWrapperType), lambda o: (o.__name__, o.__self__)),
     (FunctionType, _of_function),
     (type, _of_class)]
 
@@ -145,6 +174,6 @@ def description(
             if _is_leaf(part): said = part.__name__ if isinstance(part, ModuleType) else repr(part)
             else:
                 if id(part) not in numbers: todo.append(part)
-                said = numbers.setdefault(id(part), len(numbers))
+                said = f'#{numbers.setdefault(id(part), len(numbers))}' # and no number of the user's
             digest.update(f'{said}\n'.encode())
     return digest.hexdigest()

@@ -42,7 +42,7 @@ def content_digest(
     "A short name for the content of tensors"
     digest = hashlib.blake2b(digest_size=16)
     for name, value in values.items():
-        if isinstance(value, np.ndarray): value = torch.from_numpy(np.ascontiguousarray(value))
+        if isinstance(value, np.ndarray): value = torch.from_numpy(np.array(value, order='C')) # torch warns of arrays that are not to be written
         digest.update(f'{name} {getattr(value, "dtype", "")} {tuple(getattr(value, "shape", ()))}'.encode())
         raw = isinstance(value, Tensor) and not value.is_quantized
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if raw else repr(value).encode())

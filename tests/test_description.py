@@ -1,9 +1,15 @@
 "Descriptions: what differs is told apart, what is the same is the same in every process, and nothing is too deep."
 import argparse, collections, dataclasses, enum, functools, helpers, numpy as np, os, pandas as pd, pytest, subprocess, sys, torch, types
-from fastai.basics import AccumMetric, AvgMetric, CrossEntropyLossFlat, L, LabelSmoothingCrossEntropyFlat, accuracy, error_rate
+from fastai.basics import AccumMetric, AvgMetric, Callback, CrossEntropyLossFlat, L, LabelSmoothingCrossEntropyFlat, accuracy, error_rate
 from fastai.callback.mixup import MixUp
 from fastai.callback.tracker import SaveModelCallback
+from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.transforms import IndexSplitter, Normalize
 from fastai.losses import FocalLossFlat
+from fastai.text.models import AWD_LSTM
+from fastai.vision.augment import RandomResizedCrop, aug_transforms
+from fastai.vision.core import PILImageBW
+from fastai.vision.data import ImageBlock
 from fastkd.all import *
 from fastkd.description import description
 from functools import partial, partialmethod
@@ -103,6 +109,31 @@ DIFFERENT |= dict(mean_teachers=lambda: (MeanTeacher(decay=.9), MeanTeacher(deca
 DIFFERENT |= dict(ensembles=lambda: (Ensemble([seeded()], 'logits'), Ensemble([seeded()], 'geometric')))
 DIFFERENT |= dict(cached=lambda: (CachedTeacher(seeded(seed=0)), CachedTeacher(seeded(seed=1))))
 
+class Waits(Callback):
+    "Calls its setting otherwise"
+    def __init__(self, seconds): self.time = seconds
+
+def images(max_rotate=10, size=32, labels='abcd'):
+    "Loaders with transforms of fastai"
+    tfms = [*aug_transforms(max_rotate=max_rotate), Normalize.from_stats([.5], [.5], cuda=False)]
+    block = DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_x=lambda i: np.full((9, 9), i, np.uint8), get_y=labels.__getitem__,
+        splitter=IndexSplitter([3]), item_tfms=RandomResizedCrop(size), batch_tfms=tfms)
+    return block.dataloaders(range(4), bs=2, num_workers=0)
+
+class Squares(torch.utils.data.Dataset):
+    def __init__(self, transform=None): self.transform = transform
+    def __len__(self): return 4
+
+def in_torch(**kwargs): return torch.utils.data.DataLoader(Squares(**kwargs), 2)
+
+DIFFERENT |= dict(class_lists=lambda: (class_with(add, widths=[4, 8]), class_with(add, widths=[4, 9])))
+DIFFERENT |= dict(recurrent=lambda: tuple(helpers.seeded(AWD_LSTM, 20, 8, 8, 1, weight_p=o) for o in (.1, .9)))
+DIFFERENT |= dict(renamed_settings=lambda: (Waits(1), Waits(2)), mixed_up=lambda: (MixUp(.1), MixUp(.9)))
+DIFFERENT |= dict(references=lambda: (lambda m: ([m, m], [m, 1]))([5]))
+DIFFERENT |= dict(augmentation=lambda: (images(10), images(20)), items=lambda: (images(size=32), images(size=64)))
+DIFFERENT |= dict(labels_behind_a_method=lambda: (images(), images(labels='dcba')))
+DIFFERENT |= dict(transforms_of_torch=lambda: (in_torch(), in_torch(transform=add)))
+
 @pytest.mark.parametrize('make', DIFFERENT.values(), ids=DIFFERENT)
 def test_differences(make):
     "What differs has other names, also behind a function; what is made again has the same"
@@ -145,7 +176,7 @@ def test_what_cannot_be_looked_into():
     lazy, meta = nn.LazyLinear(3), nn.Linear(2, 3, device='meta')
     assert len({description(o) for o in (lazy, meta, open, object(), (o for o in 'abc'))}) == 5
 
-def test_data_are_not_looked_into():
+def test_samples_are_not_looked_into():
     "Their type, size and batch size"
     class Own(torch.utils.data.Dataset):
         def __init__(self, n): self.n, self.seen = n, {}
@@ -155,6 +186,10 @@ def test_data_are_not_looked_into():
     before = description(data)
     data[0]
     assert description(data) == before != description(Own(4))
+    dls = images()
+    before = description(dls)
+    dls.one_batch()
+    assert description(dls) == before # transforms have drawn numbers
     dls = learner().dls
     assert description(dls.train) == description(learner().dls.train) != description(dls.train.new(bs=7))
 
@@ -165,9 +200,22 @@ def test_what_runs_does_not_count():
     metric.reset()
     assert description(metric) == before
     kept = class_with(add, seen=[])
+    kept.seen.append(dict(loss=1))
     before = description(kept)
-    kept.seen.append(1)
+    kept.seen.append(dict(loss=2))
     assert description(kept) == before
+    recurrent = AWD_LSTM(20, 8, 8, 1)
+    before = description(recurrent)
+    recurrent(torch.zeros(2, 3).long())
+    assert description(recurrent) == before
+
+NUMBER = 1
+def attribute_of(learn): return learn.model.NUMBER
+
+def test_attributes_are_no_globals(monkeypatch):
+    before = description(attribute_of)
+    monkeypatch.setattr(sys.modules[__name__], 'NUMBER', 2)
+    assert description(attribute_of) == before != description(lambda learn: NUMBER)
 
 def test_what_is_said_does_not_count():
     def one(): "A docstring"
