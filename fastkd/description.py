@@ -80,8 +80,8 @@ def _of_class(o):
         or (isinstance(value, own) or _of_leaves(value)) and not name.startswith('__')}
 
 def _of_leaves(o):
-    "Lists of numbers or names are settings; what else a class holds that can change may grow from run to run"
-    return isinstance(o, (list, set, dict)) and all(isinstance(v, _LEAVES) for v in (o.values() if isinstance(o, dict) else o))
+    "Lists of numbers or names are settings; what else a class holds that can change, and what is still empty, may grow from run to run"
+    return isinstance(o, (list, set, dict)) and o and all(isinstance(v, _LEAVES) for v in (o.values() if isinstance(o, dict) else o))
 
 # %% ../nbs/04_description.ipynb #ea2dc58e
 def _settings(o, state):
@@ -102,6 +102,7 @@ def _of_object(o):
         state |= dict(parameters=o._parameters, buffers=o._buffers, modules=o._modules)
     return type(o), state
 
+# %% ../nbs/04_description.ipynb #9960f5e3
 def _of_array(o):
     "Numbers by a digest of them"
     if isinstance(o, Tensor) and (is_lazy(o) or o.is_meta): return str(o.dtype), None if is_lazy(o) else tuple(o.shape)

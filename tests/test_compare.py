@@ -1,6 +1,6 @@
 "Comparisons: same start and batches for all, what a restart repeats, what is measured, and what is refused."
 import helpers, json, numpy as np, os, pytest, random, re, signal, subprocess, sys, time, torch
-from fastai.basics import Callback, set_seed
+from fastai.basics import Callback, DataLoaders, error_rate, set_seed
 from fastai.callback.tracker import SaveModelCallback
 from fastkd.all import *
 from fastkd.compare import ALONE, Arm, Comparison, compare, description, is_lower_better, sweep, train_once, weights_digest
@@ -49,6 +49,32 @@ def test_loaders_that_are_shared(watched):
     assert watched[0] == watched[1] and watched[2] == watched[3] and watched[0]['batches'] != watched[2]['batches']
     assert learn.dls.train.rng.getstate() == state
 
+class Numbered(torch.utils.data.Dataset):
+    def __len__(self): return 40
+    def __getitem__(self, i): return torch.full((1, 8, 8), i/40), i % 3
+
+def test_loaders_of_torch(watched):
+    "Those with a generator of their own, too; its state is given back"
+    generator = torch.Generator().manual_seed(7)
+    for kwargs in (dict(shuffle=True), dict(shuffle=True, generator=generator),
+            dict(sampler=torch.utils.data.RandomSampler(Numbered(), generator=generator))):
+        watched.clear()
+        dls, state = DataLoaders(*[torch.utils.data.DataLoader(Numbered(), 10, **kwargs)]*2), generator.get_state()
+        compare(lambda: learner_on(dls), {ALONE: Watch, 'same': Watch}, fit, 2, progress=False)
+        assert watched[0] == watched[1] and watched[2] == watched[3] and watched[0]['batches'] != watched[2]['batches']
+        assert generator.get_state().equal(state)
+
+def test_loaders_that_a_fit_brings(watched):
+    "As in progressive resizing; a second fit goes on where the first one stopped"
+    others = make().dls
+    state = others.train.rng.getstate()
+    def resizing(learn, cbs):
+        for dls in (learn.dls, others, others):
+            learn.dls = dls
+            learn.fit(1, 1e-2, cbs=cbs)
+    compare(make, {ALONE: Watch, 'same': Watch}, resizing, 2, progress=False)
+    assert watched[:3] == watched[3:6] and watched[1]['batches'] != watched[2]['batches'] and others.train.rng.getstate() == state
+
 def learner_on(dls):
     learn = make()
     learn.dls = dls
@@ -88,7 +114,25 @@ def test_other_metrics():
     assert by_column['metric'] == 'valid_loss' and after['metric'] == 'metric'
     assert by_column['value'] == pytest.approx(after['value'])
     assert train_once(Arm(lambda: learner(convnet(4), metrics=None), fit), 0)['metric'] == 'valid_loss'
-    with pytest.raises(ValueError, match="no 'f1', but train_loss, valid_loss, accuracy"): run('f1')
+
+@pytest.mark.parametrize('other', [dict(metrics=error_rate), dict(metrics=None)], ids=['another', 'none'])
+def test_metrics_that_are_not_the_same(other, watched):
+    "An accuracy and an error rate make no pair; nothing is trained for it"
+    with pytest.raises(RuntimeError, match="'other' failed with seed 0: its metric is '(error_rate|valid_loss)', and that of the others "
+            "'accuracy'"):
+        quick(dict(other=dict(make_learner=lambda: learner(convnet(4), **other), cbs=Watch)))
+    assert watched == []
+
+def test_a_metric_that_no_column_has():
+    "Said before the first step"
+    steps = []
+    def stepping(learn, cbs): learn.fit(1, cbs=[*cbs, At('before_step', steps.append)])
+    with pytest.raises(RuntimeError, match="the training table has no 'acuracy', but train_loss, valid_loss, accuracy"):
+        quick(dict(kd=kd), fit=stepping, metric='acuracy')
+    assert steps == []
+
+def test_keywords_that_nobody_knows():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'seed'"): quick(dict(kd=kd), seed=3)
 
 def runs_of(metric='accuracy', **values):
     "Runs as `train_all` returns them"
@@ -121,6 +165,9 @@ def test_words():
     longer = runs_of(**VALUES)
     for run in longer[5:10]: run['batches'] = 20
     assert Comparison(longer, 'alone').words()[2] == "'kd' was trained on 20 batches, 'alone' on 10"
+    longer[5]['batches'] = 21
+    assert Comparison(longer, 'alone').words()[2] == "'kd' was trained on 20.2 batches, 'alone' on 10"
+    assert Comparison(longer, 'alone').table().loc['kd', 'batches'] == 20.2
 
 def test_plot():
     comparison = Comparison(runs_of(**VALUES), 'alone', labels=dict(kd='4'), xlabel='T')
@@ -148,8 +195,10 @@ def test_a_direction_that_nobody_knows():
     def sharpness(pred, y): return pred.std()
     def make_sharp(): return learner(convnet(4), metrics=sharpness)
     candidates = {ALONE: [at_lr(1e-2), at_lr(1e-3)], 'same': None}
-    with pytest.raises(ValueError, match="a smaller 'sharpness' is better is not known"):
+    with pytest.raises(ValueError, match="a smaller 'sharpness' is better is not known.* say lower_is_better="):
         compare(make_sharp, candidates, fit, 2, progress=False)
+    with pytest.raises(ValueError, match="a smaller 'sharpness' is better is not known.* learner's first metric"):
+        compare(make_sharp, candidates, fit, 2, lambda learn: 1., progress=False, lower_is_better=True)
     smallest = compare(make_sharp, candidates, fit, 2, progress=False, lower_is_better=True)
     assert smallest.chosen['alone'] == np.argmin(smallest.trials['alone'])
 
@@ -244,6 +293,15 @@ def test_teachers_that_met_no_student(tmp_path):
         first = quick(dict(kd=one), path=tmp_path/str(i))
         assert quick(dict(kd=one), path=tmp_path/str(i)).table().equals(first.table())
         with pytest.raises(ValueError, match="holds runs of another 'kd'"): quick(dict(kd=other), path=tmp_path/str(i))
+
+def test_runs_of_other_versions_are_refused(tmp_path):
+    "What computes has changed, and seconds may be those of another machine"
+    quick(dict(kd=kd), path=tmp_path)
+    head = tmp_path/'comparison.json'
+    known = json.loads(head.read_text())
+    assert {'python', 'torch', 'fastai', 'fastkd', 'device'} <= known.keys()
+    head.write_text(json.dumps(known | dict(torch='1.0', device='mps')))
+    with pytest.raises(ValueError, match='another comparison, whose torch and device differed'): quick(dict(kd=kd), path=tmp_path)
 
 def test_a_set_up_that_fails(tmp_path):
     "What is finished is kept, and mending the set-up goes on"
@@ -359,7 +417,16 @@ def test_cost_honest_needs_a_fit_that_can():
     def fixed(learn, cbs): learn.fit(1, cbs=cbs)
     with pytest.raises(TypeError, match=r'let fit take how much, fit=lambda learn, cbs, times=1'):
         quick(dict(kd=kd), fit=fixed, cost_honest=True)
-    with pytest.raises(ValueError, match="no set-up 'nobody'"): quick(dict(kd=kd), cost_honest='nobody')
+    with pytest.raises(TypeError, match='let fit take how much'):
+        quick(dict(kd=kd), fit=lambda learn, cbs, **kwargs: learn.fit(1, cbs=cbs, **kwargs), cost_honest=True)
+    for other in ('nobody', 1):
+        with pytest.raises(ValueError, match=f"no set-up '{other}'"): quick(dict(kd=kd), cost_honest=other)
+
+def test_time_that_was_not_taken():
+    "A fit that takes `times` and forgets it is told of"
+    def forgets(learn, cbs, times=1): learn.fit(1, cbs=cbs)
+    comparison = quick(dict(slow=lambda: At('after_fit', lambda learn: time.sleep(.3))), fit=forgets, cost_honest=True)
+    assert re.match(r"'alone, as long as slow' was to train [\d.]+ times as long, and saw no batch more", comparison.words()[-1])
 
 # ---- Sweeps and errors
 
@@ -397,8 +464,9 @@ def test_values_of_a_sweep():
     (dict(kd=dict(cbs=[kd])), TypeError, "'kd': learners and callbacks are made anew"),
     (dict(kd=dict(fit=lambda learn: learn.fit(1))), TypeError, "'kd': fit takes a learner and the callbacks of a run"),
     (dict(kd=[]), ValueError, "'kd' has no candidate"),
+    (dict(kd=kd, KD=kd), ValueError, 'names differ in more than capital letters'),
     ({}, ValueError, 'at least one set-up beside the baseline')],
-    ids=['instance', 'number', 'unknown', 'list', 'no callbacks', 'empty', 'none'])
+    ids=['instance', 'number', 'unknown', 'list', 'no callbacks', 'empty', 'capitals', 'none'])
 def test_set_ups_that_are_none(setups, error, text):
     with pytest.raises(error, match=re.escape(text)): quick(setups)
 
