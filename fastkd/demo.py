@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from .callback import KnowledgeDistillationCallback
 from .losses.response import SoftTarget
-from .statistics import mean_interval
+from .statistics import paired_interval
 
 # %% ../nbs/45_demo.ipynb #23439b84
 def digits(
@@ -203,7 +203,7 @@ def interval(
 ) -> tuple: # Their mean, and half the width of its 95 % interval
     "What the mean of differences is, and how well that is known"
     if len(differences) == 1: return differences[0], math.inf
-    mean, low, high = mean_interval(differences)
+    mean, low, high, _ = paired_interval(differences, [0.]*len(differences))
     return mean, (high - low)/2
 
 def paired_difference(

@@ -227,7 +227,7 @@ def quantize_onnx(
     file, # Where the model of eight bits goes, such as 'student.int8.onnx'; a ValueError where `model` stands there
     dl=None, # Calibration batches, such as `learn.dls.train`, for static quantization; None for the dynamic one
     n_batches:int=10, # How many of them are used, and how many of `valid`
-    valid=None, # Batches to check the file with, such as `learn.dls.valid`; by default those of `dl`
+    valid=None, # Batches to check the file with, such as `learn.dls.valid`; by default those of `dl`, a ValueError without either
     limit:float=.1, # Largest error, as a part of the logits' variance from sample to sample; a RuntimeError above it, and no file
 ) -> OnnxModel: # The file as a model
     "Save an exported model with weights of eight bits, and check what it says"
@@ -237,9 +237,13 @@ def quantize_onnx(
     source = model if isinstance(model, OnnxModel) else OnnxModel(model)
     if Path(file).resolve() == source.file.resolve(): raise ValueError(f'{source} would be overwritten: give another file')
     names, valid = [o.name for o in source.session().get_inputs()], dl if valid is None else valid
+    if valid is None: raise ValueError('without calibration there is nothing to check the file with: say valid=learn.dls.valid')
+    for batches in (dl, valid):
+        if iter(batches if batches is not None else ()) is batches: raise TypeError('batches are gone through more than once: '
+            'give a loader or a list, and no iterator')
     with _beside(file, '.onnx') as made:
         with as_found([], dl): _rounded(source, made, None if dl is None else _Batches(dl, names, n_batches))
-        with as_found([], valid): lost = 0. if valid is None else _lost(source, OnnxModel(made), _Batches(valid, names, n_batches))
+        with as_found([], valid): lost = _lost(source, OnnxModel(made), _Batches(valid, names, n_batches))
         if not lost <= limit: raise RuntimeError(f'in eight bits the error of the logits is {lost:.2g} of their variance from sample to '
             f'sample, more than {limit=:g}: it was not kept. Calibration batches are as the student sees them, and many unlike ones')
     return OnnxModel(file)

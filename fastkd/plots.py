@@ -14,12 +14,11 @@ from fastcore.basics import detuplify, listify, patch
 from torch import Tensor, nn
 from .callback import KnowledgeDistillationCallback, as_teacher
 from .learned import average
-from .learners import from_learner
 from .losses.core import channels_first
 from .losses.feature import attention_map
 from .modules import Captures, evaluating, logits, missing_layer, reset_state, unwrap_model
-from .report import check_shapes, divergence, has_classes, ignored_label, log_probabilities
-from .teachers import Frozen, Teacher
+from .report import as_frozen, check_shapes, divergence, has_classes, ignored_label, log_probabilities
+from .teachers import Teacher
 
 # %% ../nbs/42_plots.ipynb #fd36cb2d
 class AgreementCallback(Callback):
@@ -79,6 +78,11 @@ def _ask(self:AgreementCallback, teacher, xb, pred, target):
     return answer
 
 @patch
+def _check_classes(self:AgreementCallback, pred, target):
+    if has_classes(pred, target, getattr(self.learn.loss_func, 'axis', 1)): return
+    raise ValueError('predictions here are not one class out of several: nothing to agree on')
+
+@patch
 def before_batch(self:AgreementCallback):
     "Compare shapes once in a fit"
     if self._answers is None or self._looked or not self.learn.training or self.learn.lock.locked(): return
@@ -87,7 +91,9 @@ def before_batch(self:AgreementCallback):
     xb, yb = one(self.learn.xb), one(self.learn.yb)
     self._answers.to(next(model.parameters()).device)
     with no_random(reproducible=False), evaluating(model), torch.no_grad():
-        self._ask(self._answers.live, xb, logits(model(*xb)), detuplify(yb))
+        pred, target = logits(model(*xb)), detuplify(yb)
+        self._check_classes(pred, target)
+        self._ask(self._answers.live, xb, pred, target)
     reset_state(model)
     self._answers.reset()
 
@@ -106,7 +112,7 @@ def after_pred(self:AgreementCallback):
     if self._sums is None or self.learn.training: return
     learn, axis = self.learn, getattr(self.learn.loss_func, 'axis', 1)
     pred, target = logits(learn.pred), detuplify(tuple(learn.yb))
-    if not has_classes(pred, target, axis): raise ValueError('predictions here are not one class out of several: nothing to agree on')
+    self._check_classes(pred, target)
     answer = self._ask(self._answers, learn.xb, pred, target)
     counted = target.as_subclass(Tensor).flatten() != ignored_label(learn.loss_func)
     log_s, log_t = (log_probabilities(o, axis)[counted] for o in (pred, answer))
@@ -173,15 +179,9 @@ def _draw(columns, axs):
     return axs
 
 # %% ../nbs/42_plots.ipynb #81d5876a
-def _as_frozen(student, teacher):
-    "The teacher as this student hears it"
-    if isinstance(teacher, Frozen): return teacher
-    if not isinstance(teacher, Learner): return Frozen(teacher)
-    return from_learner(teacher, student) if isinstance(student, Learner) else Frozen(teacher.model)
-
 def plot_activations(
     student, # Model or `Learner`
-    teacher, # Model, `Learner` or `Frozen`
+    teacher, # Model, `Learner` or `Frozen`, or a cache of one
     xb, # Inputs as the student sees them, without labels: a tensor `(bs, ...)`, or a tuple for models with several inputs
     layers_s, # Student layer or list of them; a layer may be in several pairs
     layers_t, # The teacher's, as many
@@ -192,7 +192,7 @@ def plot_activations(
     xb, layers_s, layers_t = (xb,) if isinstance(xb, Tensor) else tuple(xb), listify(layers_s), listify(layers_t)
     if len(layers_s) != len(layers_t): raise ValueError(f'{len(layers_s)} student layer(s) for {len(layers_t)} of the teacher: name pairs')
     if n < 1 or not len(xb[0]): raise ValueError(f'nothing to show: n is at least 1, not {n}, and xb has {len(xb[0])} sample(s)')
-    xb, teacher = tuple(x[:n].as_subclass(Tensor) if isinstance(x, Tensor) else x for x in xb), _as_frozen(student, teacher)
+    xb, teacher = tuple(x[:n].as_subclass(Tensor) if isinstance(x, Tensor) else x for x in xb), as_frozen(teacher, student)
     of_s, of_t = _maps('student', student, xb, layers_s), _maps('teacher', teacher.module, teacher.seen(xb), layers_t)
     columns = [('input', [*map(_as_shown, xb[0].detach().cpu())])]
     for s, t in zip(layers_s, layers_t): columns += [(f'student: {s}', of_s[s]), (f'teacher: {t}', of_t[t])]

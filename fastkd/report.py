@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['log_probabilities', 'divergence', 'has_classes', 'tally', 'check_shapes', 'ignored_label', 'as_found', 'undisturbed',
-           'compared', 'file_bytes', 'step_by_step', 'macs', 'peak_bytes', 'threads', 'latencies', 'Report', 'report']
+           'compared', 'file_bytes', 'step_by_step', 'in_sight', 'macs', 'peak_bytes', 'threads', 'latencies', 'Report',
+           'as_frozen', 'report']
 
 # %% ../nbs/41_report.ipynb #811a2aac
 import copy, math, time
@@ -13,7 +14,7 @@ from functools import partial
 from numbers import Integral
 
 import pandas as pd, torch
-from fastai.basics import AvgLoss, Callback, Interpretation, Learner, apply, no_random
+from fastai.basics import AvgLoss, Callback, DataLoaders, Interpretation, Learner, apply, no_random
 from fastai.callback.progress import ProgressCallback
 from fastai.metrics import accuracy
 from fastcore.basics import detuplify, listify, patch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from .cache import CachedTeacher
 from .learners import class_names, from_learner
 from .losses.core import _tensors, to_rows
 from .modules import evaluating, logits, unwrap_model
@@ -82,7 +84,7 @@ class _Comparison(Callback):
     def __init__(self, teacher, metrics):
         self.teacher, self.metrics = teacher, {side: copy.deepcopy(metrics) for side in ('student', 'teacher')}
         self.sums, self.calibration, self.kl, self.said = 0., {}, [], []
-        self.batch, self.classes = None, True
+        self.batch, self.classes, self.unread = None, True, False
 
     def before_validate(self):
         self.teacher.reset()
@@ -101,10 +103,17 @@ def after_batch(self:_Comparison):
     own, loss = self.learn.pred, self.learn.loss
     self.classes = self.classes and has_classes(logits(own), target, axis)
     if self.classes: self.count(logits(own), self.answer, target.as_subclass(Tensor), axis)
-    for side, pred in dict(student=own, teacher=self.answer).items():
-        self.learn.pred, self.learn.loss = pred, self.learn.loss_func(pred, *self.learn.yb)
-        for metric in self.metrics[side]: metric.accumulate(self.learn)
+    self.accumulate('student', own)
+    try: self.accumulate('teacher', self.answer)
+    except Exception:
+        if isinstance(own, Tensor): raise
+        self.unread = True # a loss or a metric that reads more than the prediction
     self.learn.pred, self.learn.loss = own, loss
+
+@patch
+def accumulate(self:_Comparison, side, pred):
+    self.learn.pred, self.learn.loss = pred, self.learn.loss_func(pred, *self.learn.yb)
+    for metric in self.metrics[side]: metric.accumulate(self.learn)
 
 # %% ../nbs/41_report.ipynb #a2c7c3a3
 def check_shapes(
@@ -213,6 +222,17 @@ def step_by_step():
     try: yield
     finally: torch.backends.mha.set_fastpath_enabled(before)
 
+@contextmanager
+def in_sight(
+    model:nn.Module, # Any module
+):
+    "Evaluate a model with operations that a counter can see; an LSTM is one of oneDNN's else, of which nothing is known"
+    before, fused = torch.backends.mkldnn.enabled, any(isinstance(o, nn.LSTM) for o in model.modules())
+    try:
+        if fused: torch.backends.mkldnn.enabled = False
+        with evaluating(model), torch.no_grad(), step_by_step(): yield
+    finally: torch.backends.mkldnn.enabled = before
+
 def macs(
     model:nn.Module, # Any module
     *xb, # Its inputs, one sample
@@ -220,7 +240,7 @@ def macs(
     "How much a model computes, half of torch's flops"
     plain = sdpa_kernel(SDPBackend.MATH) # torch has no count for the fused attention of CPUs
     from torch.utils.flop_counter import FlopCounterMode # takes longer to import than all of fastkd
-    with evaluating(model), torch.no_grad(), step_by_step(), plain, FlopCounterMode(display=False) as counter: model(*xb)
+    with in_sight(model), plain, FlopCounterMode(display=False) as counter: model(*xb)
     return counter.get_total_flops()/2
 
 # %% ../nbs/41_report.ipynb #53efe191
@@ -245,7 +265,7 @@ def peak_bytes(
 ) -> int: # Bytes
     "The most that a forward pass keeps at a time, beside weights and input"
     known = [*model.parameters(), *model.buffers(), *_tensors(xb)]
-    with evaluating(model), torch.no_grad(), step_by_step(), _Alive(known) as found: _ = model(*xb)
+    with in_sight(model), _Alive(known) as found: _ = model(*xb)
     return found.peak
 
 # %% ../nbs/41_report.ipynb #05d1dcb8
@@ -268,7 +288,8 @@ def latencies(
     seconds:float=2., # Limit of time for all calls; 30 of each are made anyway, or `n_runs` if these are fewer
 ) -> dict: # Seconds of each call by name
     "Time functions in turns"
-    wait = partial(torch.cuda.synchronize, device) if torch.device(device).type == 'cuda' else lambda: None
+    kind = torch.device(device).type # all but the CPU answer before they have computed
+    wait = partial(getattr(torch, kind).synchronize, *([] if kind == 'mps' else [device]))
     def timed(call):
         wait()
         start = time.perf_counter()
@@ -360,18 +381,23 @@ def _quality(comparison):
     if comparison.classes:
         yield 'accuracy, %', [comparison.share(side) for side in comparison.metrics]
         yield 'calibration error, %', [100*float(o.compute()) for o in comparison.calibration.values()]
-    yield 'loss', [_number(metrics[0].value) for metrics in comparison.metrics.values()]
+    yield 'loss', comparison.values(0)
 
-def _number(value):
-    try: return float(value)
-    except (TypeError, ValueError): return None
+@patch
+def values(self:_Comparison, i):
+    "Loss (0) or a metric of student and teacher; None for what is no number, or was not read"
+    def number(value):
+        try: return float(value)
+        except (TypeError, ValueError): return None
+
+    return [None if side == 'teacher' and self.unread else number(metrics[i].value) for side, metrics in self.metrics.items()]
 
 # %% ../nbs/41_report.ipynb #6681874e
 def _metrics(comparison):
     "Rows of the user's metrics"
-    for student, teacher in zip(*(metrics[1:] for metrics in comparison.metrics.values())):
-        if comparison.classes and getattr(student, 'func', None) is accuracy: continue
-        yield student.name, [_number(metric.value) for metric in (student, teacher)]
+    for i, metric in enumerate(comparison.metrics['student']):
+        if not i or comparison.classes and getattr(metric, 'func', None) is accuracy: continue
+        yield metric.name, comparison.values(i)
 
 def _numbered(rows, taken):
     "The second row of a name is `name#2`"
@@ -420,10 +446,15 @@ def _as_learner(student, teacher):
     raise TypeError(f'student and teacher are learners, or one of them is and the other a module, not {type(student).__name__} and '
         f'{type(teacher).__name__}')
 
-def _as_frozen(teacher, learn):
+def as_frozen(
+    teacher, # `Learner`, module or `Frozen`, or a cache of one
+    student, # `Learner`, or a module
+) -> Frozen: # With one model, which can be measured
     "The teacher as the student hears it"
-    if isinstance(teacher, Learner): return from_learner(teacher, learn, axis=getattr(learn.loss_func, 'axis', 1))
-    if isinstance(teacher, nn.Module): return Frozen(teacher)
+    if isinstance(teacher, CachedTeacher): teacher = teacher.source
+    if isinstance(teacher, Learner) and isinstance(student, Learner):
+        return from_learner(teacher, student, axis=getattr(student.loss_func, 'axis', 1))
+    if isinstance(teacher, (Learner, nn.Module)): return Frozen(getattr(teacher, 'model', teacher) if isinstance(teacher, Learner) else teacher)
     if isinstance(teacher, Frozen): return teacher
     raise TypeError(f'the teacher is a Learner, a module or Frozen, not {type(teacher).__name__}')
 
@@ -447,7 +478,8 @@ def report(
     _whole('n_runs', [n_runs], 0)
     sizes, n_threads = _whole('batch_sizes', batch_sizes), _whole('n_threads', torch.get_num_threads() if n_threads is None else n_threads)
     learn = _as_learner(student, teacher)
-    teacher = _as_frozen(teacher, learn)
+    teacher = as_frozen(teacher, learn)
+    if isinstance(dl, DataLoaders): raise TypeError('a report takes the batches of one loader: dl=dls.valid, and not dls')
     if dl is None: dl = learn.dls.valid
     if dl is learn.dls.valid and not len(dl):
         raise ValueError('the learner was loaded, and has no data: report(student, teacher, dl=dls.valid)')
@@ -465,6 +497,7 @@ def _made(comparison, costs, learn, dl):
     "The report of a comparison"
     found = comparison.classes and len(comparison.kl) > 0
     note = '' if found else 'no agreement and no calibration: predictions here are not one class out of several'
+    if comparison.unread: note += '; '*bool(note) + "nothing of the teacher's by loss and metrics: they read more than a prediction"
     kl, said = (_in_order(torch.cat(o), dl) if found and o else None for o in (comparison.kl, comparison.said))
     return Report(_table(_rows(comparison, costs)), _by_class(comparison, learn) if found else None, learn, dl, kl, said, note)
 

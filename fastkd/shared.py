@@ -18,7 +18,7 @@ def whole_file(
     file:Path, # Where it is to be
 ): # A context with a path beside it, to write to; the file that was there stays when something fails
     "A file that is whole or not there"
-    part = file.with_name(f'{file.name}.part')
+    part = file.with_name(f'{file.name}.{os.getpid()}.part') # two processes may write the same
     try:
         yield part
         with part.open('rb+') as f: os.fsync(f.fileno())

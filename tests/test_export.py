@@ -182,7 +182,7 @@ def test_accuracy_of_files(name, tmp_path):
     score = 100*learn.validate()[1]
     assert score > 90
     exported = export_onnx(learn, tmp_path/'student.onnx')
-    int8 = quantize_onnx(exported, tmp_path/'int8.onnx', dl=learn.dls.train if name == 'cnn' else None)
+    int8 = quantize_onnx(exported, tmp_path/'int8.onnx', dl=learn.dls.train if name == 'cnn' else None, valid=learn.dls.valid)
     found = {model.file.stem: report(model, learn, n_runs=3, batch_sizes=1) for model in (exported, int8)}
     assert abs(found['student'].table.student['accuracy, %'] - score) <= .1
     assert abs(found['int8'].table.student['accuracy, %'] - score) <= 1
@@ -225,12 +225,13 @@ def test_a_file_is_not_its_own_source(tmp_path):
     assert made.file.read_bytes() == made.content
 
 def test_the_dynamic_way_leaves_convolutions(tmp_path):
-    int8 = quantize_onnx(export_onnx(small(), tmp_path/'student.onnx'), tmp_path/'int8.onnx')
+    learn = small()
+    int8 = quantize_onnx(export_onnx(learn, tmp_path/'student.onnx'), tmp_path/'int8.onnx', valid=learn.dls.valid)
     assert {'Conv', 'MatMulInteger'} <= kinds(int8) and 'ConvInteger' not in kinds(int8)
     alone = small(model=nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten()))
     source = export_onnx(alone, tmp_path/'alone.onnx')
     with pytest.raises(ValueError, match='nothing in .*alone.onnx.* became integers: convolutions need'):
-        quantize_onnx(source, tmp_path/'none.onnx')
+        quantize_onnx(source, tmp_path/'none.onnx', valid=alone.dls.valid)
     assert not (tmp_path/'none.onnx').exists()
 
 def test_a_model_stays_what_its_file_was(tmp_path):
@@ -282,3 +283,6 @@ def test_what_is_no_learner(tmp_path):
         quantize_onnx(learner(), tmp_path/'a.onnx')
     exported = export_onnx(learner(), tmp_path/'student.onnx')
     with pytest.raises(TypeError, match='dl=dls.train, and not dls'): quantize_onnx(exported, tmp_path/'a.onnx', learner().dls)
+    with pytest.raises(ValueError, match='nothing to check the file with: say valid='): quantize_onnx(exported, tmp_path/'a.onnx')
+    with pytest.raises(TypeError, match='more than once: give a loader or a list'):
+        quantize_onnx(exported, tmp_path/'a.onnx', iter(learner().dls.train))

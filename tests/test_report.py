@@ -5,7 +5,7 @@ from fastai.basics import BCEWithLogitsLossFlat, CrossEntropyLossFlat, L, Learne
 from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.tracker import SaveModelCallback
 from fastai.metrics import accuracy
-from fastkd.all import KnowledgeDistillationCallback, SoftTarget
+from fastkd.all import CachedTeacher, KnowledgeDistillationCallback, SoftTarget
 from fastkd.plots import AgreementCallback, plot_activations
 from fastkd.report import divergence, file_bytes, latencies, log_probabilities, macs, peak_bytes, report, tally, threads
 from fastkd.stored import StoredTeacher
@@ -198,6 +198,28 @@ def test_several_inputs():
     assert found.table.student['MACs per sample'] == 670 and found.table.student['agreement, %'] >= 0
     assert sum('latency' in name for name in found.table.index) == 4
 
+def test_a_loss_that_reads_the_whole_output():
+    "Of the teacher, only a prediction is known: its loss stays empty, and agreement is told"
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = convnet(4)
+        def forward(self, x): return dict(logits=self.model(x))
+
+    student = learner(Named(), loss_func=lambda out, y: F.cross_entropy(out['logits'], y), metrics=None)
+    found = report(student, trained_teacher(), n_runs=0)
+    assert found.table.loc['loss'].isna().tolist() == [False, True, True] and found.table.student['agreement, %'] >= 0
+    assert "nothing of the teacher's by loss and metrics" in repr(found)
+
+def test_all_loaders_at_once():
+    student = learner()
+    with pytest.raises(TypeError, match='dl=dls.valid, and not dls'): report(student, trained_teacher(), student.dls)
+
+def test_a_cache_is_reported_as_its_teacher():
+    student, teacher = learner(), trained_teacher()
+    cached, expected = (report(student, o, n_runs=0).table for o in (CachedTeacher(teacher), teacher))
+    assert cached.equals(expected)
+
 @pytest.mark.parametrize('target,func', [(torch.randn(8, 1), MSELossFlat()), (torch.randint(2, (8, 4)).float(), BCEWithLogitsLossFlat())])
 def test_without_classes(target, func):
     "Single outputs, and classes that can coexist"
@@ -215,6 +237,12 @@ def test_published_costs(name, gmacs, params):
     model = getattr(torchvision.models, name)()
     assert macs(model, torch.randn(1, 3, 224, 224))/1e9 == pytest.approx(gmacs, rel=.01)
     assert sum(p.numel() for p in model.parameters())/1e6 == pytest.approx(params, rel=.01)
+
+def test_recurrent_costs():
+    "Of a fused LSTM torch's counter sees nothing; oneDNN is on again afterwards"
+    lstm, x, before = nn.LSTM(16, 32), torch.randn(10, 1, 16), torch.backends.mkldnn.enabled
+    assert macs(lstm, x) == 10*4*32*(16 + 32) and peak_bytes(lstm, x) > 10*32*4
+    assert torch.backends.mkldnn.enabled == before
 
 def test_costs_by_hand(tmp_path):
     "Sizes of files, activations alive at a time, and transformers that torch would run as one operation"
