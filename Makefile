@@ -43,6 +43,7 @@ docs: $(DEV)
 	$(BIN)/python -m tools.docs site
 
 bench: $(DEV)
+	$(BIN)/python -m pip install -q -e '.[bench]'
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks
 	OMP_NUM_THREADS=1 TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python -W ignore -m benchmarks.losses
 	OMP_NUM_THREADS=1 TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python -W ignore -m benchmarks.logits

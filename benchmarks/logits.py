@@ -56,25 +56,30 @@ def all_losses(n, repeats):
     found = {repr(loss): measure(loss, n, repeats) for loss in LOSSES}
     return found | {'SoftTarget(T=4), bfloat16': measure(SoftTarget(T=4), n, repeats, torch.bfloat16)}
 
+def told(found):
+    "All of it as Markdown"
+    repeats = len(next(iter(found['found'].values()))['seconds']['whole'])
+    lines = [f"`python -m benchmarks.logits --rows {found['rows']} --repeats {repeats}`, {found['machine']}: {found['rows']} positions, "
+        f'{N_CLASSES} classes; memory in units of the logits, their gradient included.', '',
+        '| loss | memory in one piece | in chunks | ms in one piece | time, chunks to one piece | where memory is kept |',
+        '|---|---|---|---|---|---|', *[row(name, o, found['kept'][name]) for name, o in found['found'].items()], '',
+        f"8192 positions, 1.07 GB of logits, SoftTarget in chunks: {found['largest']:.2f} times the logits."]
+    return '\n'.join(lines) + '\n'
+
 if __name__ == '__main__':
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--rows', type=int, default=2048, help='positions')
+    parser.add_argument('--rows', type=int, default=1024, help='positions')
     parser.add_argument('--repeats', type=int, default=3, help='measurements of each way')
     parser.add_argument('--out', type=Path, default=Path('benchmarks'), help='folder for logits.md and logits.json')
     args = parser.parse_args()
-    lines = ['| loss | memory in one piece | in chunks | ms in one piece | time, chunks to one piece | where memory is kept |']
-    lines += ['|---|---|---|---|---|---|']
     be_steady(keeps_memory=False)
     found = all_losses(args.rows, args.repeats)
     keep_memory()
     kept = all_losses(args.rows, args.repeats)
-    lines += [row(name, o, kept[name]) for name, o in found.items()]
     given = {key: torch.randn(8192, N_CLASSES) for key in ('pred', 'teacher_pred')}
     given['pred'].requires_grad_()
     largest = peak_bytes(partial(step, SoftTarget(T=4), given))/given['pred'].nbytes
-    head = f'{args.rows} positions, {N_CLASSES} classes; memory in units of the logits, their gradient included. {machine()}.'
-    tail = f'8192 positions, 1.07 GB of logits, SoftTarget in chunks: {largest:.2f} times the logits.'
-    (args.out/'logits.md').write_text('\n'.join([head, '', *lines, '', tail, '']))
     results = dict(machine=machine(), rows=args.rows, found=found, kept=kept, largest=largest)
     (args.out/'logits.json').write_text(json.dumps(results, indent=1) + '\n')
-    print(head, '', *lines, '', tail, sep='\n')
+    (args.out/'logits.md').write_text(told(results))
+    print(told(results))

@@ -434,18 +434,18 @@ def call_cost(name, make, repeats=2000):
 NOTES = """Ratios are of medians, and above 1 they have four reasons.
 
 - **A call has a price of its own**: inputs are looked through for half precision, autocast is asked for, activations are paired. Here it
-  is {response:.0f} µs for a loss on predictions and {feature:.0f} µs for one on activations when called over and over, and up to twice as
-  much between computations that take its place in the processor's memory. Rows whose formula takes less than 2 ms show it. One walk over
-  the inputs and a fast way for plain tensors took a third of it away; what is left is mostly what a module of torch costs.
+  is {response:.0f} µs for a loss on predictions and {feature:.0f} µs for one on activations when called over and over, and
+  more between computations that take its place in the processor's memory. Rows whose formula takes less than 2 ms show it. There is
+  one walk over the inputs, and a fast way for plain tensors; what is left is mostly what a module of torch costs.
 - **Numbers that are ruled out.** `Divergence` keeps classes finite that a teacher rules out, and `AttentionMaps` from scores keys that are
   masked in both models: one pass more, over one side or both. By `clamp` and by `masked_fill`, in autograd or in a function of its own,
   that took more time than by `threshold`.
 - **Exact distances.** `InstanceGraph` and `RKD` take distances from differences (`pdist`); the authors take them from inner products, a
-  matrix product that rounds the distance of close samples away. Three gradients were tried: that of `pdist` walks over all pairs and takes
-  most of the time (1.6 times the formula in all), a product in single precision is fast (1.0) and as wrong for close samples as the
-  authors' distances, and a product in double precision is right, and is what is used.
+  matrix product that rounds the distance of close samples away. Three gradients were tried: that of `pdist` walks over all pairs and is
+  slow, a product in single precision is fast and as wrong for close samples as the authors' distances, and a product in double precision
+  is right, and is what is used.
 - **A gradient that has one, too.** `AttentionMaps` takes one logarithm, of the quotient that is its gradient, and makes that quotient again
-  in the backward pass. Kept, it took .75 of the formula's time, and second derivatives were lost.
+  in the backward pass. To keep it is faster, and loses second derivatives.
 
 What is below 1: powers of `Attention` are those of squares, `DIST` takes correlations from `layer_norm` and `batch_norm`, which have fast
 gradients, and `NST` and `RKD distance` compute the same from smaller tables."""

@@ -6,30 +6,40 @@ loop is also compared with itself: that ratio says how finely the machine can te
 import json, statistics, time, torch, torchvision
 from argparse import ArgumentParser
 from benchmarks import machine
-from fastkd.report import latencies, macs
+from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
+from fastkd.report import macs, report
 from functools import partial
 from pathlib import Path
+from torch import nn
 
 # GMACs at 224x224 and millions of parameters, of torchvision's table of models
 PUBLISHED = dict(resnet18=(1.814, 11.69), mobilenet_v2=(.300, 3.50))
 
 def by_hand(model, x, n):
-    "Milliseconds of `n` calls, as one would write it without a library"
+    "Milliseconds of a call, the median of `n`, as one would write it without a library"
     taken = []
-    for i in range(n + 3): # the first three are not counted
-        start = time.perf_counter()
-        model(x)
-        if i >= 3: taken.append(1000*(time.perf_counter() - start))
-    return taken
+    with torch.no_grad():
+        for i in range(n + 3): # the first three are not counted
+            start = time.perf_counter()
+            model(x)
+            if i >= 3: taken.append(1000*(time.perf_counter() - start))
+    return statistics.median(taken)
 
-def by_report(model, x, n): return [1000*o for o in latencies(dict(model=partial(model, x)), n)['model']]
+def reported(learn, teacher, n):
+    "What a whole report says of the same"
+    table = report(learn, teacher, batch_sizes=learn.dls.valid.bs, n_threads=1, n_runs=n).table
+    return next(value for name, value in table['student'].items() if name.startswith('latency p50'))
 
 def contest(model, x, rounds, n=3):
     "Medians of each way; they take turns, now in one order and now in the other"
-    ways = dict(report=by_report, loop=by_hand, again=by_hand) # the same loop twice: what differs between them is the machine
+    data = DataLoader([(o, torch.tensor(0)) for o in x], bs=len(x), num_workers=0)
+    learn = Learner(DataLoaders(data, data), model, CrossEntropyLossFlat())
+    teacher = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 1000))
+    loop = partial(by_hand, model, x, n)
+    ways = dict(report=partial(reported, learn, teacher, n), loop=loop, again=loop) # what differs between two loops is the machine
     taken = {name: [] for name in ways}
     for i in range(rounds):
-        for name in list(ways)[::1 if i % 2 else -1]: taken[name] += ways[name](model, x, n)
+        for name in list(ways)[::1 if i % 2 else -1]: taken[name].append(ways[name]())
     return {name: statistics.median(o) for name, o in taken.items()}
 
 NOTE = 'Where the loop is further than 5 % from itself, the machine was too busy for its row to say anything of `report`.'
@@ -38,7 +48,7 @@ HEAD = ['| model | GMACs | published | million parameters | published | batch | 
 
 if __name__ == '__main__':
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--rounds', type=int, default=40, help='rounds of three calls each')
+    parser.add_argument('--rounds', type=int, default=40, help='rounds: a report and two loops of three calls each')
     parser.add_argument('--size', type=int, default=64, help='height and width of the images that are timed')
     parser.add_argument('--out', type=Path, default=Path('benchmarks'), help='folder for report.md and report.json')
     args = parser.parse_args()
@@ -49,7 +59,7 @@ if __name__ == '__main__':
         model = getattr(torchvision.models, name)().eval()
         counts = macs(model, torch.randn(1, 3, 224, 224))/1e9, sum(p.numel() for p in model.parameters())/1e6
         for bs in (1, 4):
-            with torch.no_grad(): times = contest(model, torch.randn(bs, 3, args.size, args.size), args.rounds)
+            times = contest(model, torch.randn(bs, 3, args.size, args.size), args.rounds)
             ratio, control = times['report']/times['loop'], times['again']/times['loop']
             found[f'{name} {bs}'] = dict(gmacs=counts[0], million_parameters=counts[1], **times, ratio=ratio, control=control)
             lines.append(f'| {name} | {counts[0]:.3f} | {gmacs:.3f} | {counts[1]:.2f} | {millions:.2f} | {bs} | {times["report"]:.2f} | '

@@ -80,6 +80,8 @@ def in_words(
     mean, low, high, alone = difference
     p, name_of_p = (alone, 'p') if p is None else (p, "Holm's p")
     numbers = f'{metric} {mean:+.4f} (95 % interval {low:+.4f} to {high:+.4f}, {name_of_p} {p:.3f}, {n} seeds)'
+    if alone < .05 <= p: numbers = f'{metric} {mean:+.4f} (by itself 95 % interval {low:+.4f} to {high:+.4f} and p {alone:.3f}, ' \
+        f"among all comparisons Holm's p {p:.3f}, {n} seeds)"
     if not p < .05: return f"'{name}' is within noise of '{other}': {numbers}"
     up, down = ('higher', 'lower') if lower_is_better is None else ('worse', 'better') if lower_is_better else ('better', 'worse')
     return f"'{name}' is {up if mean > 0 else down} than '{other}': {numbers}"

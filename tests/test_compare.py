@@ -56,8 +56,8 @@ class Numbered(torch.utils.data.Dataset):
 def test_loaders_of_torch(watched):
     "Those with a generator of their own, too; its state is given back"
     generator = torch.Generator().manual_seed(7)
-    for kwargs in (dict(shuffle=True), dict(shuffle=True, generator=generator),
-            dict(sampler=torch.utils.data.RandomSampler(Numbered(), generator=generator))):
+    sampler = torch.utils.data.RandomSampler(Numbered(), generator=generator)
+    for kwargs in (dict(shuffle=True), dict(shuffle=True, generator=generator), dict(sampler=sampler)):
         watched.clear()
         dls, state = DataLoaders(*[torch.utils.data.DataLoader(Numbered(), 10, **kwargs)]*2), generator.get_state()
         compare(lambda: learner_on(dls), {ALONE: Watch, 'same': Watch}, fit, 2, progress=False)
@@ -118,9 +118,9 @@ def test_other_metrics():
 @pytest.mark.parametrize('other', [dict(metrics=error_rate), dict(metrics=None)], ids=['another', 'none'])
 def test_metrics_that_are_not_the_same(other, watched):
     "An accuracy and an error rate make no pair; nothing is trained for it"
-    with pytest.raises(RuntimeError, match="'other' failed with seed 0: its metric is '(error_rate|valid_loss)', and that of the others "
-            "'accuracy'"):
-        quick(dict(other=dict(make_learner=lambda: learner(convnet(4), **other), cbs=Watch)))
+    said = "'other' failed with seed 0: its metric is '(error_rate|valid_loss)', and that of the others 'accuracy'"
+    setups = dict(other=dict(make_learner=lambda: learner(convnet(4), **other), cbs=Watch))
+    with pytest.raises(RuntimeError, match=said): quick(setups)
     assert watched == []
 
 def test_a_metric_that_no_column_has():

@@ -77,6 +77,9 @@ def test_intervals_hold_what_they_promise():
     a, b = np.random.default_rng(0).normal(size=(2, 7))
     mean, half, p = many((a - b)[None])
     assert (mean[0], mean[0] - half[0], mean[0] + half[0], p[0]) == pytest.approx(paired_interval(a, b)) # the same statistics, quickly
+    for differences in ([1., 1, 1], [0., 0, 0]): # equal ones tell nothing of how much they vary
+        (mean,), (half,), (p,) = many(np.array([differences]))
+        assert (mean, mean - half, mean + half, p) == paired_interval(differences, [0, 0, 0])
     found = simulated(json.loads(RUNS.read_text()))
     assert len(found) > 3
     for n, row in found.items():
