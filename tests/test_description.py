@@ -10,6 +10,7 @@ from fastai.text.models import AWD_LSTM
 from fastai.vision.augment import RandomResizedCrop, aug_transforms
 from fastai.vision.core import PILImageBW
 from fastai.vision.data import ImageBlock
+from fasttransform import Transform
 from fastkd.all import *
 from fastkd.description import description
 from functools import partial, partialmethod
@@ -109,6 +110,13 @@ DIFFERENT |= dict(mean_teachers=lambda: (MeanTeacher(decay=.9), MeanTeacher(deca
 DIFFERENT |= dict(ensembles=lambda: (Ensemble([seeded()], 'logits'), Ensemble([seeded()], 'geometric')))
 DIFFERENT |= dict(cached=lambda: (CachedTeacher(seeded(seed=0)), CachedTeacher(seeded(seed=1))))
 
+class Shift(Transform):
+    "A transform of the user's that notes what it drew"
+    def __init__(self, most): self.most = most
+    def encodes(self, x:torch.Tensor):
+        self.drawn = torch.randint(self.most, (1,)).item()
+        return x + self.drawn
+
 class Waits(Callback):
     "Calls its setting otherwise"
     def __init__(self, seconds): self.time = seconds
@@ -204,6 +212,10 @@ def test_what_runs_does_not_count():
     before = description(kept)
     kept.seen.append(dict(loss=2))
     assert description(kept) == before
+    shift = Shift(3)
+    before = description(shift)
+    shift(torch.zeros(2))
+    assert description(shift) == before != description(Shift(4))
     recurrent = AWD_LSTM(20, 8, 8, 1)
     before = description(recurrent)
     recurrent(torch.zeros(2, 3).long())

@@ -190,7 +190,7 @@ CHECKPOINTS = [
         "zip(cbs, state['callbacks'][:1]*len(cbs)): cb", 'test_loop_inference.py::test_checkpoint_of_two_callbacks'),
     Mutant('checkpoint loses an epoch', SAVED, 'epochs_done=self.epoch + 1)', 'epochs_done=self.epoch)',
         'test_loop_inference.py::test_going_on[fitnet]'),
-    Mutant('checkpoint is written in place', 'shared.py', "part = file.with_name(f'{file.name}.part')", 'part = file',
+    Mutant('checkpoint is written in place', 'shared.py', "part = file.with_name(f'{file.name}.{os.getpid()}.part')", 'part = file',
         'test_loop_inference.py::test_a_checkpoint_that_is_cut_off'),
     Mutant('every process writes a checkpoint', SAVED, '    if rank_distrib(): return file\n', '',
         'test_loop_inference.py::test_only_the_first_process_writes'),
@@ -365,7 +365,7 @@ D, WHAT = 'description.py', 'test_description.py::'
 KNOWN = [ # what an experiment was made of, and which candidate was best
     Mutant('sets are described in their order', D, 'return sorted(map(description, o))', 'return [*map(description, o)]',
         f'{WHAT}test_processes'),
-    Mutant('inner functions are not seen', D, 'for name in code.co_names})', 'for name in func.__code__.co_names})',
+    Mutant('inner functions are not seen', D, 'o.argval) for code in _codes(func.__code__)', 'o.argval) for code in [func.__code__]',
         'test_compare.py::test_description_of_what_is_named'),
     Mutant('defaults are not described', D, 'o.__defaults__, o.__kwdefaults__', 'None, None', f'{WHAT}test_differences[defaults]'),
     Mutant('bases and members of classes are not described', D, "    return o.__bases__, {", "    return o.__qualname__, not {",
@@ -373,9 +373,23 @@ KNOWN = [ # what an experiment was made of, and which candidate was best
     Mutant('layers inside a model are not described', D, 'modules=o._modules', 'modules=None',
         f'{WHAT}test_differences[own_layers_inside]'),
     Mutant('datasets are looked into', D, 'Dataset, torch.utils.data.DataLoader), _of_data', 'torch.utils.data.DataLoader), _of_data',
-        f'{WHAT}test_data_are_not_looked_into'),
-    Mutant('candidates are judged by the direction of another metric', 'compare.py', 'if callable(metric): metric = lower_is_better = None',
-        'if callable(metric): metric = None', 'test_compare.py::test_a_direction_is_that_of_its_metric')]
+        f'{WHAT}test_samples_are_not_looked_into'),
+    Mutant('references are numbers', D, "f'#{numbers.setdefault(id(part), len(numbers))}'", 'numbers.setdefault(id(part), len(numbers))',
+        f'{WHAT}test_differences[references]'),
+    Mutant('transforms are not described', D, '(Pipeline, lambda o: [*o.fs])', '(Pipeline, lambda o: [])',
+        f'{WHAT}test_differences[augmentation]'),
+    Mutant('numbers that transforms drew are described', D, 'isinstance(o, (Callback, Metric, Transform))',
+        'isinstance(o, (Callback, Metric))', f'{WHAT}test_what_runs_does_not_count'),
+    Mutant('candidates are judged by the direction of another metric', 'compare.py', '_direction(candidates[ALONE][0], None, True), None',
+        'lower_is_better, None', 'test_compare.py::test_a_direction_is_that_of_its_metric'),
+    Mutant('other loaders shuffle as they like', 'compare.py', 'def before_fit(self): self.begin(self.learn.dls.train)',
+        'def before_fit(self): pass', 'test_compare.py::test_loaders_that_a_fit_brings'),
+    Mutant('generators of loaders are not given back', 'compare.py', 'generator.set_state(state)', 'pass',
+        'test_compare.py::test_loaders_of_torch'),
+    Mutant('other metrics are compared', 'compare.py', '!= (expected or name)', '!= name',
+        'test_compare.py::test_metrics_that_are_not_the_same[another]'),
+    Mutant('fused operations are not counted', 'report.py', 'if fused: torch.backends.mkldnn.enabled = False', 'if False: pass',
+        'test_report.py::test_recurrent_costs')]
 
 MUTANTS = TEACHER + LOOP + CHECKPOINTS + PROCESSES + ADAPTERS + ACTIVATIONS + LOSSES + SCHEMES + CACHE + KNOWN
 
