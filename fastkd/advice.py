@@ -28,8 +28,8 @@ def teacher_at_chance(
     if not right.numel(): return None
     accuracy, n, chance = right.float().mean().item(), right.numel(), 1/teacher_pred.shape[axis]
     if accuracy > chance + min(2*(chance*(1 - chance)/n)**.5, (1 - chance)/4): return None
-    return (f'the teacher is right on {accuracy:.0%} of the first batch, and guessing would give {chance:.0%}: is it trained, and on these '
-        'classes in this order? Pass the trained learner, whose classes are compared')
+    return (f'the teacher is right on {accuracy:.0%} of the first batch, and guessing would give {chance:.0%}: is it trained, on these '
+        'classes in this order, on images of this size and normalization? Pass the trained learner, whose classes are compared')
 
 def larger_share(mixed):
     "Of the two labels of mixed samples, the one with the larger share"

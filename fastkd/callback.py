@@ -6,11 +6,12 @@
 __all__ = ['KnowledgeDistillationCallback', 'as_teacher']
 
 # %% ../nbs/30_callback.ipynb #eb2916b0
-import copy, math, sys, warnings, weakref
+import copy, inspect, math, sys, warnings, weakref
 from contextlib import contextmanager, nullcontext
 from functools import partial, reduce
 from numbers import Number
 from operator import and_
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch, torch.nn.functional as F
@@ -35,10 +36,25 @@ def _check_kind(teacher):
     "Raise a TypeError unless `teacher` can teach"
     if isinstance(teacher, (list, tuple)): return [_check_kind(o) for o in teacher]
     if isinstance(teacher, (nn.Module, Learner, Teacher)) and not isinstance(teacher, (Loss, Sum)): return
+    hint = ': a file is loaded first, load_learner(file) or torch.load(file)' if isinstance(teacher, (str, Path)) else \
+        ': weights are loaded into a model first, model.load_state_dict(…)' if isinstance(teacher, dict) else ''
     raise TypeError(f'the teacher comes first, a module, a Learner or a Teacher, and not {_kind(teacher)}: '
-        'KnowledgeDistillationCallback(teacher, loss)')
+        f'KnowledgeDistillationCallback(teacher, loss){hint}')
 
-class KnowledgeDistillationCallback(Callback):
+_ELSEWHERE = dict(T='a temperature belongs to the loss, SoftTarget(T=4)', alpha='the share of the distillation loss is called weight',
+    activations='layers are named for each side, activations_student=[…], activations_teacher=[…]')
+_ELSEWHERE |= dict(temperature=_ELSEWHERE['T'], tau=_ELSEWHERE['T'], layers=_ELSEWHERE['activations'])
+
+class _Arguments(Callback):
+    "Says of an argument that it does not have where it belongs"
+    def __new__(cls, *args, **kwargs):
+        known = list(inspect.signature(cls.__init__).parameters)[1:]
+        for name in kwargs:
+            if name in known: continue
+            raise TypeError(f"{cls.__name__} has no argument {name}: {_ELSEWHERE.get(name, 'those that it has are ' + ', '.join(known))}")
+        return super().__new__(cls)
+
+class KnowledgeDistillationCallback(_Arguments):
     "Blend what a teacher says into the loss of every training batch"
     order, run_valid = 5, False
     def __init__(self,

@@ -6,14 +6,14 @@
 __all__ = ['traced', 'export_program', 'OnnxModel', 'export_onnx', 'quantize_onnx']
 
 # %% ../nbs/43_export.ipynb #b3b9e25a
-import json, logging, os, tempfile
+import json, logging, os, tempfile, warnings
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 import torch
 from fastai.torch_core import no_random
-from fastai.basics import DataLoaders, Learner
+from fastai.basics import Learner
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
@@ -22,7 +22,7 @@ from .learners import class_names
 from .losses.core import _tensors
 from .modules import logits, unwrap_model
 from .report import as_found, step_by_step
-from .shared import needed
+from .shared import needed, one_loader
 
 # %% ../nbs/43_export.ipynb #fdae0bb9
 class _Student(nn.Module):
@@ -43,7 +43,7 @@ def _apart():
 def _inputs(learn, dl=None):
     "Inputs of the first batch, nested as the model takes them"
     if not isinstance(learn, Learner): raise TypeError(f'a Learner is exported, and not {type(learn).__name__}: its data are traced')
-    dl = learn.dls.valid if dl is None else dl
+    dl = learn.dls.valid if dl is None else one_loader(dl, 'an export')
     if not len(dl):
         raise ValueError('there is no batch to trace the model with: a learner that was loaded has no data, so give it dl=dls.valid')
     with as_found([], dl): batch = next(iter(dl))
@@ -155,6 +155,7 @@ def export_onnx(
     dl=None, # Batches to trace and check with; by default the learner's validation set
 ) -> OnnxModel: # The file as a model
     "Save the student alone as ONNX, for any batch size, and check what it says"
+    if not isinstance(learn, Learner): raise TypeError(f'export_onnx(learner, file): a Learner is exported, and not {type(learn).__name__}')
     for name in ('onnx', 'onnxscript', 'onnxruntime'): _need(name)
     with _beside(file, '.onnx') as made, _apart():
         program = traced(learn, logits, dynamic, dl)
@@ -201,6 +202,8 @@ def _rounded(source, made, batches):
     ready.write_bytes(source.content)
     _need('onnxruntime.quantization.shape_inference').quant_pre_process(str(ready), str(ready), skip_symbolic_shape=True)
     _slim(ready)
+    if batches is None and any(o.op_type == 'Conv' for o in _need('onnx').load(ready).graph.node):
+        warnings.warn('convolutions stay as they are without calibration batches: dl=learn.dls.train', stacklevel=4)
     with _quiet():
         if batches is None: quantization.quantize_dynamic(str(ready), str(made), op_types_to_quantize=_DYNAMIC, **settings)
         else: quantization.quantize_static(str(ready), str(made), batches, **settings)
@@ -233,7 +236,8 @@ def quantize_onnx(
     "Save an exported model with weights of eight bits, and check what it says"
     if not isinstance(model, (OnnxModel, str, Path)):
         raise TypeError(f'what `export_onnx` returned is quantized, and not {type(model).__name__}')
-    if isinstance(dl, DataLoaders): raise TypeError('calibration takes the batches of one loader: dl=dls.train, and not dls')
+    one_loader(dl, 'calibration', 'dls.train')
+    one_loader(valid, 'the check', 'dls.valid')
     source = model if isinstance(model, OnnxModel) else OnnxModel(model)
     if Path(file).resolve() == source.file.resolve(): raise ValueError(f'{source} would be overwritten: give another file')
     names, valid = [o.name for o in source.session().get_inputs()], dl if valid is None else valid

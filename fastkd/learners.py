@@ -34,9 +34,9 @@ def matching_columns(
     if names_s is None or names_t is None or names_s == names_t: return None
     only_s, only_t = [n for n in names_s if n not in names_t], [n for n in names_t if n not in names_s]
     if only_s or only_t or len(names_s) != len(names_t):
-        said = lambda names: ', '.join(f'{name} ({type(name).__name__})' for name in names[:5]) or 'none of its own'
-        raise ValueError(f'student and teacher were made for other classes ({len(names_s)} and {len(names_t)}): the student has '
-            f'{said(only_s)}; the teacher has {said(only_t)}')
+        said = lambda side, names: f"only the {side} has {', '.join(f'{name} ({type(name).__name__})' for name in names[:5])}"
+        found = [said(*o) for o in (('student', only_s), ('teacher', only_t)) if o[1]] or ['one of them has a class twice']
+        raise ValueError(f"student and teacher were made for other classes ({len(names_s)} and {len(names_t)}): {'; '.join(found)}")
     return torch.tensor([names_t.index(name) for name in names_s])
 
 # %% ../nbs/22_learners.ipynb #79706266

@@ -86,8 +86,8 @@ def nearest_names(
     "Layer names that look like `name`, and first where `vision_learner` has put a stage that torchvision calls so"
     stage, last = '', name.split('.')[-1]
     body = get_module_by_name(model, '0')
-    is_resnet = isinstance(body, nn.Sequential) and [*map(type, body[:1]), *map(type, body[4:])] == [nn.Conv2d] + 4*[nn.Sequential]
-    if is_resnet and last in STAGES: stage = f'0.{STAGES.index(last)}'
+    kinds = [*map(type, body)] if isinstance(body, nn.Sequential) else [] # a slice of it would make another one of its class
+    if kinds[:1] + kinds[4:] == [nn.Conv2d] + 4*[nn.Sequential] and last in STAGES: stage = f'0.{STAGES.index(last)}'
     near = difflib.get_close_matches(name, get_model_layers(model), n=n, cutoff=.4)
     return list(dict.fromkeys([stage, *near] if stage else near))[:n]
 

@@ -14,7 +14,7 @@ from functools import partial
 from numbers import Integral
 
 import pandas as pd, torch
-from fastai.basics import AvgLoss, Callback, DataLoaders, Interpretation, Learner, apply, no_random
+from fastai.basics import AvgLoss, Callback, Interpretation, Learner, apply, no_random
 from fastai.callback.progress import ProgressCallback
 from fastai.metrics import accuracy
 from fastcore.basics import detuplify, listify, patch
@@ -26,7 +26,7 @@ from .cache import CachedTeacher
 from .learners import class_names, from_learner
 from .losses.core import _tensors, to_rows
 from .modules import evaluating, logits, unwrap_model
-from .shared import needed
+from .shared import needed, one_loader
 from .statistics import is_lower_better
 from .teachers import Frozen
 
@@ -479,8 +479,7 @@ def report(
     sizes, n_threads = _whole('batch_sizes', batch_sizes), _whole('n_threads', torch.get_num_threads() if n_threads is None else n_threads)
     learn = _as_learner(student, teacher)
     teacher = as_frozen(teacher, learn)
-    if isinstance(dl, DataLoaders): raise TypeError('a report takes the batches of one loader: dl=dls.valid, and not dls')
-    if dl is None: dl = learn.dls.valid
+    dl = learn.dls.valid if dl is None else one_loader(dl, 'a report')
     if dl is learn.dls.valid and not len(dl):
         raise ValueError('the learner was loaded, and has no data: report(student, teacher, dl=dls.valid)')
     with as_found([learn.model, teacher.module], dl):
@@ -547,7 +546,7 @@ def plot_disagreements(self:Report,
     k:int=9, # How many samples, at least 1
     **kwargs, # Settings of fastai's `plot_top_losses`, such as `figsize`
 ):
-    "Show the samples on which student and teacher are furthest apart: the student's prediction, the label, the divergence in nats"
+    "Show the samples on which student and teacher are furthest apart: what both say, the label, and the divergence in nats"
     import matplotlib.pyplot as plt
     _whole('k', [k])
     if self.kl is None: raise ValueError(self.note)
@@ -556,5 +555,10 @@ def plot_disagreements(self:Report,
     models = [self.learn.model]
     with as_found(models, self.dl), undisturbed(self.learn):
         Interpretation(self.learn, self.dl, self.kl).plot_top_losses(min(k, len(self.kl)), **kwargs)
-    if plt.get_fignums() and 'Loss' in plt.gcf().get_suptitle(): # of images; other data are shown as tables
-        plt.gcf().suptitle('Student / label / KL from the teacher / probability', weight='bold', size=14)
+    if not plt.get_fignums() or 'Loss' not in plt.gcf().get_suptitle(): return # other data than images are shown as tables
+    plt.gcf().suptitle('Student / label / KL from the teacher / probability', weight='bold', size=14)
+    if self.said is None: return
+    for ax, (_, o) in zip(plt.gcf().axes, self.disagreements(k).iterrows()):
+        ax.set_title(f'{o.student} / {o.teacher} / {o.label}\n{o.kl:.2f} nats', fontsize=10)
+    plt.gcf().suptitle('Student / teacher / label, KL from the teacher', weight='bold', size=12)
+    plt.gcf().tight_layout()

@@ -14,7 +14,7 @@ def of_report(
     name:str, # A module, such as `scipy.stats`
 ): # The module
     "Import what only reports need"
-    return needed(name, 'report', 'a report')
+    return needed(name, 'report', 'a report or a comparison')
 
 # %% ../nbs/39_statistics.ipynb #cdd513ab
 def mean_interval(

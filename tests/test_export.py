@@ -79,11 +79,12 @@ def test_a_batch_of_one_is_checked(tmp_path):
 
 @pytest.mark.parametrize('export,name', EXPORTS)
 def test_places_of_files(export, name, tmp_path):
-    "Said before the student is looked at: there is none; folders are made"
-    with pytest.raises(ValueError, match=r"ends in '\.(onnx|pt2)', and not as 'student\.bin' does"): export(None, tmp_path/'student.bin')
+    "Said before the student is traced; folders are made"
+    learn = small()
+    with pytest.raises(ValueError, match=r"ends in '\.(onnx|pt2)', and not as 'student\.bin' does"): export(learn, tmp_path/'student.bin')
     (tmp_path/'file').touch()
-    with pytest.raises(FileExistsError, match=f'{tmp_path}/file'): export(None, tmp_path/'file'/name)
-    export(small(), tmp_path/'a'/'b'/name)
+    with pytest.raises(FileExistsError, match=f'{tmp_path}/file'): export(learn, tmp_path/'file'/name)
+    export(learn, tmp_path/'a'/'b'/name)
     assert [o.name for o in (tmp_path/'a'/'b').iterdir()] == [name]
 
 @pytest.mark.parametrize('name', ['onnx', 'onnxscript', 'onnxruntime'])
@@ -226,7 +227,9 @@ def test_a_file_is_not_its_own_source(tmp_path):
 
 def test_the_dynamic_way_leaves_convolutions(tmp_path):
     learn = small()
-    int8 = quantize_onnx(export_onnx(learn, tmp_path/'student.onnx'), tmp_path/'int8.onnx', valid=learn.dls.valid)
+    exported = export_onnx(learn, tmp_path/'student.onnx')
+    with pytest.warns(UserWarning, match='convolutions stay as they are without calibration batches: dl=learn.dls.train'):
+        int8 = quantize_onnx(exported, tmp_path/'int8.onnx', valid=learn.dls.valid)
     assert {'Conv', 'MatMulInteger'} <= kinds(int8) and 'ConvInteger' not in kinds(int8)
     alone = small(model=nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten()))
     source = export_onnx(alone, tmp_path/'alone.onnx')
@@ -286,3 +289,6 @@ def test_what_is_no_learner(tmp_path):
     with pytest.raises(ValueError, match='nothing to check the file with: say valid='): quantize_onnx(exported, tmp_path/'a.onnx')
     with pytest.raises(TypeError, match='more than once: give a loader or a list'):
         quantize_onnx(exported, tmp_path/'a.onnx', iter(learner().dls.train))
+    with pytest.raises(TypeError, match='an export takes the batches of one loader: dl=dls.valid, and not dls'):
+        export_onnx(learner(), tmp_path/'a.onnx', dl=learner().dls)
+    with pytest.raises(TypeError, match=r'export_onnx\(learner, file\): a Learner is exported, and not str'): export_onnx('a.onnx', learner())

@@ -1,9 +1,13 @@
 "Who is compared with whom, and what is said where that cannot be."
-import copy, pytest, torch, torch.nn.functional as F, warnings
+import copy, inspect, pytest, torch, torch.nn.functional as F, warnings
 from fastai.basics import CrossEntropyLossFlat, Learner
+from fastai.layers import ConvLayer
+from fastai.vision.models.xresnet import xresnet18
 from fastkd.all import *
+from functools import partial
 from helpers import (convnet, digits, error_of, fitted, furthest, learner, loaders, named_learner, quiet, recorded, same, seeded,
     soft_target, trained_teacher, weights)
+from pathlib import Path
 from torch import nn
 
 def KD(*args, **kwargs): return KnowledgeDistillationCallback(*args, **kwargs)
@@ -158,6 +162,30 @@ def test_a_mask_that_is_none(mask):
 def test_layers_that_are_no_names(names):
     with pytest.raises(TypeError, match=r'layers go by their names, as in get_model_layers\(model\), not'): Attention().on(names, 'block1')
 
+def test_arguments_in_another_place():
+    "A weight as third argument, settings of the loss or of other libraries, a file, weights, a layer itself"
+    kd = partial(KnowledgeDistillationCallback, trained_teacher())
+    with pytest.raises(TypeError, match='not 0.7; a weight is given as weight=0.7'): kd(SoftTarget(T=4), .7)
+    for name, said in dict(T='a temperature belongs to the loss', alpha='is called weight', activations='activations_student=').items():
+        with pytest.raises(TypeError, match=f'KnowledgeDistillationCallback has no argument {name}: .*{said}'): kd(SoftTarget, **{name: 4})
+    with pytest.raises(TypeError, match='has no argument wieght: those that it has are teacher, loss, .*weight'): kd(SoftTarget, wieght=.5)
+    with pytest.raises(TypeError, match='the callback takes weight and schedule'): SoftTarget(weight=.5)
+    for teacher, said in (('teacher.pkl', 'load_learner'), (Path('a.pth'), 'torch.load'), (convnet(4).state_dict(), 'load_state_dict')):
+        with pytest.raises(TypeError, match=said): KnowledgeDistillationCallback(teacher, SoftTarget)
+    with pytest.raises(TypeError, match=r'not a Linear$'): FitNet().on('3', nn.Linear(1, 1))
+    assert list(inspect.signature(KnowledgeDistillationCallback.__init__).parameters)[1:4] == ['teacher', 'loss', 'activations_student']
+
+@pytest.mark.parametrize('make', [lambda: nn.Sequential(ConvLayer(1, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)),
+    lambda: xresnet18(n_out=10, c_in=1)], ids=['ConvLayer', 'xresnet'])
+def test_names_in_models_of_fastai(make):
+    "Whose containers are classes with arguments of their own"
+    x, teacher = torch.randn(2, 1, 8, 8), trained_teacher()
+    for side, pair in dict(student=(make(), teacher), teacher=(convnet(4), make())).items():
+        layers = ('layer3', 'block2') if side == 'student' else ('block2', 'layer3')
+        cb = KnowledgeDistillationCallback(pair[1], SoftTarget(T=4) + 100*FitNet().on(*layers))
+        with pytest.raises(ValueError, match=f"the {side} has no layer 'layer3'"), warnings.catch_warnings(action='ignore'):
+            learner(pair[0]).fit(1, cbs=cb)
+
 # ---- A learner as teacher
 
 def permuted(model, order):
@@ -194,7 +222,7 @@ def test_other_vocabulary():
     teacher = named_learner(trained_teacher(), 'abcdefghijx')
     student = named_learner(seeded(convnet, 4))
     said = error_of(ValueError, student, KD(teacher, SoftTarget))
-    assert 'other classes (10 and 11): the student has none of its own; the teacher has x (str)' in said
+    assert 'other classes (10 and 11): only the teacher has x (str)' in said
 
 def test_names_of_another_type():
     "Numbers and their names in letters are other classes, and the message shows why"

@@ -65,8 +65,8 @@ def test_errors(monkeypatch):
     with pytest.raises(ValueError, match='not 3 and 2'): paired_interval([1, 2, 3], [1, 2])
     def missing(name): raise ImportError(name)
     monkeypatch.setattr('fastkd.shared.import_module', missing)
-    with pytest.raises(ImportError, match=r'a report needs statsmodels: pip install "fastkd\[report\]"'): holm([.1])
-    with pytest.raises(ImportError, match=r'a report needs scipy: pip install "fastkd\[report\]"'): mean_interval([1, 2])
+    with pytest.raises(ImportError, match=r'a report or a comparison needs statsmodels: pip install "fastkd\[report\]"'): holm([.1])
+    with pytest.raises(ImportError, match=r'a report or a comparison needs scipy: pip install "fastkd\[report\]"'): mean_interval([1, 2])
 
 RUNS = Path(__file__).parent.parent/'benchmarks'/'coverage.json'
 

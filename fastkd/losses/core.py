@@ -65,7 +65,8 @@ class Loss(nn.Module):
             raise TypeError(f"settings go into the constructor and tensors into the call: {cls.__name__}({settings})({inputs})")
         known = list(inspect.signature(cls.__init__).parameters)[1:]
         if unknown := [name for name in kwargs if name not in known]:
-            raise TypeError(f"{cls.__name__} has no setting {', '.join(unknown)}; its settings: {', '.join(known) or 'none'}")
+            raise TypeError(f"{cls.__name__} has no setting {', '.join(unknown)}; its settings: {', '.join(known) or 'none'}" +
+                ('; the callback takes weight and schedule' if {*unknown} & {'weight', 'schedule'} else ''))
         return super().__new__(cls)
 
     def __init__(self):
@@ -635,7 +636,8 @@ class Sum(nn.Module):
         students, teachers, predictions = listify(students), listify(teachers), dict(pred=pred, teacher_pred=teacher_pred)
         predictions = {name: layer for name, layer in predictions.items() if layer is not None}
         for name in (*students, *teachers, *predictions.values()):
-            if not isinstance(name, str): raise TypeError(f'layers go by their names, as in get_model_layers(model), not {name!r}')
+            if not isinstance(name, str): raise TypeError(f'layers go by their names, as in get_model_layers(model), not ' +
+                (f'{name!r}; a weight is given as weight={name!r}' if isinstance(name, Number) else f'a {type(name).__name__}'))
         chosen = self._with_layers(students, teachers) if students or teachers or not predictions else self
         for name, layer in predictions.items(): chosen = chosen._with_prediction(name, layer)
         return chosen
