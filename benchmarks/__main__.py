@@ -297,7 +297,8 @@ def told(found):
         f"{peak[name]/peak['plain']:.2f}") for name, o in seconds.items()]
     teachers = [(name, *(f'{1000*o:.0f}' for o in medians(o).values())) for name, o in found['teachers'].items()]
     head = 'arm', 'ms of CPU per step', 'to plain', 'to the loop', 'MB at the peak', 'to plain'
-    said = ['# What a training step costs', f'`python -m benchmarks --steps {steps}`: resnet34 teaches resnet18, 64×64, batches of 16, in turns.',
+    said = ['# What a training step costs',
+        f'`python -m benchmarks --steps {steps}`: resnet34 teaches resnet18, 64×64, batches of 16, in turns.',
         found['machine'], table(head, rows), '## Targets', targets(found), said_of_augmented(found['augmented'])]
     said += ['## Batch sizes', '32×32 images.', overhead(found['batches'], 'batch size')]
     said += ['## Pairs of layers', 'Attention maps, batches of 16, 32×32 images.', overhead(found['pairs'], 'pairs')]

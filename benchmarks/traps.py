@@ -100,8 +100,8 @@ def main(args):
     comparison = compare(partial(new_learner, args.root, N_LABELS, WIDTHS['small']), setups(args.root), partial(fit, epochs=EPOCHS),
         args.seeds, test_accuracy, args.root/'runs'/'traps')
     values = comparison.values()
-    found = dict(machine=machine(), seeds=args.seeds,
-        teacher=teacher_of(args.root, N_LABELS)[1], values=values.to_dict('list'), table=json.loads(comparison.table().to_json(orient='index')),
+    found = dict(machine=machine(), seeds=args.seeds, teacher=teacher_of(args.root, N_LABELS)[1],
+        values=values.to_dict('list'), table=json.loads(comparison.table().to_json(orient='index')),
         pairs={f'{one}/{other}': paired_interval(values[one].to_numpy(), values[other].to_numpy()) for one, other, _ in PAIRS})
     (args.out/'traps.json').write_text(json.dumps(found, indent=1) + '\n')
     (args.out/'traps.md').write_text(told(found))

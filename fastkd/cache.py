@@ -7,7 +7,7 @@ __all__ = ['SHARD_BYTES', 'fingerprints', 'Block', 'Memory', 'write_block', 'rea
            'CachedTeacher']
 
 # %% ../nbs/23_cache.ipynb #23c00001
-import hashlib, io, os, pickle, re, time, warnings
+import hashlib, io, os, pickle, re, warnings
 from contextlib import suppress
 from functools import lru_cache, partial
 from numbers import Number
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .learners import from_learner
 from .losses.core import _tensors
 from .modules import unwrap_model
-from .shared import needed
+from .shared import needed, remove_abandoned
 from .teachers import Frozen, Teacher
 
 # %% ../nbs/23_cache.ipynb #23c00006
@@ -142,18 +142,13 @@ def _read_checked(file):
     raise ValueError(f'{file} is damaged: delete it, and what it held will be computed again')
 
 # %% ../nbs/23_cache.ipynb #23c000b1
-def _remove_abandoned(part):
-    "Remove what a killed run left; nobody takes an hour to write a block"
-    if time.time() - part.stat().st_mtime > 3600: part.unlink()
-
 def read_folder(
     folder:Path, # Where blocks are
 ) -> list: # Blocks, the oldest first
     "All blocks of a folder, after a look at each byte"
     others = [file.name for file in folder.iterdir() if not re.fullmatch(r'\d{8}-[0-9a-f]{32}\.safetensors|.*\.part', file.name)]
     if others: raise ValueError(f'{folder} holds {others[0]}, which is no file of a cache: give the cache a folder of its own')
-    for part in folder.glob('*.part'):
-        with suppress(OSError): _remove_abandoned(part)
+    for part in folder.glob('*.part'): remove_abandoned(part)
     blocks = []
     for file in sorted(folder.glob('*.safetensors')):
         with suppress(FileNotFoundError): blocks.append(_read_checked(file)) # another process may let a file go just now

@@ -145,8 +145,8 @@ def train_once(
         if start not in (None, began):
             raise ValueError('it starts from other weights than the set-ups before it: let make_learner() make a new model each time')
         if (name := metric_name(learn, metric)) != (expected or name):
-            raise ValueError(f"its metric is '{name}', and that of the others '{expected}': give all learners the same first metric, or say "
-                'metric=')
+            raise ValueError(f"its metric is '{name}', and that of the others '{expected}': give all learners the same first metric, or "
+                'say metric=')
         wall, cpu = _time_fit(arm, learn, [*listify(arm.cbs and arm.cbs()), run], seed)
         with learn.no_bar(), learn.no_logging(): name, value = measured(learn, metric)
     if not run.n: raise ValueError('no batch was trained with its callbacks: let fit pass them on, learn.fit_one_cycle(8, cbs=cbs)')
@@ -226,8 +226,8 @@ def train_all(self:Runs,
     metric=None, # As in `measured`
     progress:bool=True, # Show progress bars
 ) -> list: # A dict for each run
-    "Train what is not there yet"
-    of = {name: self.path and description([arm.make_learner, arm.fit, arm.cbs]) for name, arm in arms.items()} # names tell runs in memory apart
+    "Train what is not there yet; runs in memory are known by their names, those in files by a description, too"
+    of = {name: self.path and description([arm.make_learner, arm.fit, arm.cbs]) for name, arm in arms.items()}
     for name in arms: [self.find(name, seed, of[name]) for seed in seeds] # a folder that does not fit is an error before any training
     bar, runs, expected = master_bar(seeds) if progress else seeds, [], None
     for seed in bar:
@@ -414,7 +414,8 @@ def compare(
     candidates = {name: [as_arm(o, name, make_learner, fit) for o in (setup if isinstance(setup, (list, tuple)) else [setup])]
         for name, setup in setups.items()}
     _check_trials(candidates, seeds, tuning_seeds)
-    if not isinstance(cost_honest, bool) and cost_honest not in setups.keys() - {ALONE}: raise ValueError(f"cost_honest: there is no set-up '{cost_honest}'")
+    if not isinstance(cost_honest, bool) and cost_honest not in setups.keys() - {ALONE}:
+        raise ValueError(f"cost_honest: there is no set-up '{cost_honest}'")
     if cost_honest: [_check_times(arm.fit) for arm in candidates[ALONE]]
     runs = Runs(path, dict(make_learner=make_learner, fit=fit, metric=metric))
     arms, tuned = _tune(runs, candidates, tuning_seeds, metric, progress, lower_is_better)

@@ -454,7 +454,8 @@ def as_frozen(
     if isinstance(teacher, CachedTeacher): teacher = teacher.source
     if isinstance(teacher, Learner) and isinstance(student, Learner):
         return from_learner(teacher, student, axis=getattr(student.loss_func, 'axis', 1))
-    if isinstance(teacher, (Learner, nn.Module)): return Frozen(getattr(teacher, 'model', teacher) if isinstance(teacher, Learner) else teacher)
+    if isinstance(teacher, Learner): return Frozen(teacher.model)
+    if isinstance(teacher, nn.Module): return Frozen(teacher)
     if isinstance(teacher, Frozen): return teacher
     raise TypeError(f'the teacher is a Learner, a module or Frozen, not {type(teacher).__name__}')
 

@@ -291,4 +291,5 @@ def test_what_is_no_learner(tmp_path):
         quantize_onnx(exported, tmp_path/'a.onnx', iter(learner().dls.train))
     with pytest.raises(TypeError, match='an export takes the batches of one loader: dl=dls.valid, and not dls'):
         export_onnx(learner(), tmp_path/'a.onnx', dl=learner().dls)
-    with pytest.raises(TypeError, match=r'export_onnx\(learner, file\): a Learner is exported, and not str'): export_onnx('a.onnx', learner())
+    with pytest.raises(TypeError, match=r'export_onnx\(learner, file\): a Learner is exported, and not str'):
+        export_onnx('a.onnx', learner())

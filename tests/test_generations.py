@@ -1,5 +1,5 @@
 "Chains of learners: who teaches whom, what a run that was killed repeats, and what is refused before it costs anything."
-import os, pytest, shutil, signal, torch
+import os, pytest, shutil, signal, time, torch
 from fastai.basics import SGD, error_rate, set_seed
 from fastai.callback.fp16 import AMPMode
 from fastai.callback.mixup import MixUp
@@ -187,7 +187,9 @@ def test_killed_while_writing(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(os, 'replace', die)
         with pytest.raises(KeyboardInterrupt): chain(SoftTarget, path=tmp_path)
-    (tmp_path/'generation_0.pth.part').write_bytes(b'half')
+    left = tmp_path/'generation_0.pth.1.part' # by a process that was killed
+    left.write_bytes(b'half')
+    os.utime(left, (time.time() - 7200,)*2)
     assert all_same(chain(SoftTarget, path=tmp_path), chain(SoftTarget))
     assert sorted(file.name for file in tmp_path.iterdir()) == [f'generation_{i}.pth' for i in range(3)]
 
