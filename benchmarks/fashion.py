@@ -155,8 +155,9 @@ def told(found):
         return (f"- {o['labels']:,} labels: {o['epochs']} epochs, {o['seeds']} seeds; a teacher of {o['teacher']:.2f} % and {n:,} "
             f'parameters, trained on the same labels for {epochs} epochs with shifts and flips')
     def cost(o, row): return f"{row['CPU s']:.0f} ({row['CPU s']/o['table'][ALONE]['CPU s']:.2f})"
-    trials = (f'Accuracy on held-out images after {TRIAL_EPOCHS} epochs, mean of two seeds, of the small student with {min(EPOCHS):,} '
-        'labels; the best candidate is that of all columns:')
+    larger = max(o['parameters'] for o in known)
+    trials = (f'Accuracy on held-out images after {TRIAL_EPOCHS} epochs, mean of two seeds, of the student of {larger:,} parameters with '
+        f'{min(EPOCHS):,} labels; the best candidate is that of all columns:')
     same = ('Labels, teacher and settings are the same for all seeds, so the intervals are about initial weights and batches. Teachers and '
         'epochs differ between numbers of labels: compare within a column.')
     lines = ['# Which loss?', '', f"`python -m benchmarks.fashion --root DIR`, {found['machine']}. Fashion-MNIST; test accuracy in "
