@@ -110,7 +110,7 @@ class Stages:
 
 def multiplies(curve):
     "Whether a curve is a factor, and not the value itself; schedules of fasterai are, too"
-    return multiplies(curve.curve) if isinstance(curve, Stages) else hasattr(curve, 'progress') and not isinstance(curve, type)
+    return multiplies(curve.curve) if hasattr(curve, 'curve') else hasattr(curve, 'progress') and not isinstance(curve, type)
 
 def _said(curve):
     "A schedule as it is, an annealer as it was written"
