@@ -48,9 +48,10 @@ _ELSEWHERE |= dict(temperature=_ELSEWHERE['T'], tau=_ELSEWHERE['T'], layers=_ELS
 class _Arguments(Callback):
     "Says of an argument that it does not have where it belongs"
     def __new__(cls, *args, **kwargs):
-        known = list(inspect.signature(cls.__init__).parameters)[1:]
+        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        known, passes_on = [o.name for o in parameters], any(o.kind is o.VAR_KEYWORD for o in parameters)
         for name in kwargs:
-            if name in known: continue
+            if name in known or passes_on and name not in _ELSEWHERE: continue
             raise TypeError(f"{cls.__name__} has no argument {name}: {_ELSEWHERE.get(name, 'those that it has are ' + ', '.join(known))}")
         return super().__new__(cls)
 

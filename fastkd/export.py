@@ -7,6 +7,7 @@ __all__ = ['traced', 'export_program', 'OnnxModel', 'export_onnx', 'quantize_onn
 
 # %% ../nbs/43_export.ipynb #b3b9e25a
 import json, logging, os, tempfile, warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -242,9 +243,8 @@ def quantize_onnx(
     if Path(file).resolve() == source.file.resolve(): raise ValueError(f'{source} would be overwritten: give another file')
     names, valid = [o.name for o in source.session().get_inputs()], dl if valid is None else valid
     if valid is None: raise ValueError('without calibration there is nothing to check the file with: say valid=learn.dls.valid')
-    for batches in (dl, valid):
-        if iter(batches if batches is not None else ()) is batches: raise TypeError('batches are gone through more than once: '
-            'give a loader or a list, and no iterator')
+    if isinstance(dl, Iterator) or isinstance(valid, Iterator):
+        raise TypeError('batches are gone through more than once: give a loader or a list, and no iterator')
     with _beside(file, '.onnx') as made:
         with as_found([], dl): _rounded(source, made, None if dl is None else _Batches(dl, names, n_batches))
         with as_found([], valid): lost = _lost(source, OnnxModel(made), _Batches(valid, names, n_batches))

@@ -207,6 +207,14 @@ def test_eight_bits_are_checked(tmp_path):
     quantize_onnx(source, tmp_path/'ready.onnx', learn.dls.train, valid=learn.dls.valid, limit=.05)
     assert learn.dls.train.rng.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
 
+def test_random_states_of_loaders_stay(tmp_path):
+    "A loader of torch draws a number as it begins"
+    learn = small()
+    source, data = export_onnx(learn, tmp_path/'student.onnx'), digits()['pool'][0][:40]
+    loader, before = torch.utils.data.DataLoader([(x,) for x in data], 10), torch.get_rng_state()
+    quantize_onnx(source, tmp_path/'int8.onnx', loader, limit=10)
+    assert torch.equal(torch.get_rng_state(), before)
+
 def test_what_is_lost():
     "Squared error over variance, whatever the batches, with lengths that vary"
     samples = [torch.randn(n, length, 5) for n, length in [(4, 3), (2, 3), (1, 3), (3, 2)]]

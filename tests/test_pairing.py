@@ -170,6 +170,12 @@ def test_arguments_in_another_place():
         with pytest.raises(TypeError, match=f'KnowledgeDistillationCallback has no argument {name}: .*{said}'): kd(SoftTarget, **{name: 4})
     with pytest.raises(TypeError, match='has no argument wieght: those that it has are teacher, loss, .*weight'): kd(SoftTarget, wieght=.5)
     with pytest.raises(TypeError, match='the callback takes weight and schedule'): SoftTarget(weight=.5)
+    class Mine(KnowledgeDistillationCallback):
+        "A subclass that passes on what it does not know"
+        def __init__(self, teacher, **kwargs): super().__init__(teacher, SoftTarget(T=4), **kwargs)
+    assert Mine(trained_teacher(), weight=.3).weight == .3
+    for wrong in (dict(T=2), dict(wieght=.3)):
+        with pytest.raises(TypeError, match=f'argument .?{[*wrong][0]}'): Mine(trained_teacher(), **wrong)
     for teacher, said in (('teacher.pkl', 'load_learner'), (Path('a.pth'), 'torch.load'), (convnet(4).state_dict(), 'load_state_dict')):
         with pytest.raises(TypeError, match=said): KnowledgeDistillationCallback(teacher, SoftTarget)
     with pytest.raises(TypeError, match=r'not a Linear$'): FitNet().on('3', nn.Linear(1, 1))
