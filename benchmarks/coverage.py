@@ -52,9 +52,8 @@ def simulated(found, sizes=(3, 5, 10, 20), n_times=20_000, n_equal=3):
         rows[n] = {name: round(100*float(share.mean()), 1) for name, share in shares.items()}
     return rows
 
-def main(out, n):
-    torch.set_num_threads(1)
-    found = trained(out/'coverage.json', n)
+def told(found):
+    "All of it as Markdown"
     mean, low, high, _ = paired_interval(found['distilled'], found['alone'])
     accuracy = {name: np.mean(values) for name, values in found.items()}
     lines = ['# What 95 % intervals hold', '',
@@ -64,8 +63,13 @@ def main(out, n):
         '| seeds | the interval of a mean holds it | the interval of a paired difference holds it | two equal set-ups: within noise '
         '| three set-ups equal to the baseline: all within noise |', '|--:|--:|--:|--:|--:|']
     lines += [f"| {n} | {' | '.join(map(str, row.values()))} |" for n, row in simulated(found).items()]
-    (out/'coverage.md').write_text('\n'.join(lines) + '\n')
-    print('\n'.join(lines))
+    return '\n'.join(lines) + '\n'
+
+def main(out, n):
+    torch.set_num_threads(1)
+    text = told(trained(out/'coverage.json', n))
+    (out/'coverage.md').write_text(text)
+    print(text)
 
 if __name__ == '__main__':
     parser = ArgumentParser(description=__doc__)

@@ -464,6 +464,11 @@ def row(name, found):
     (time_plain,time_ours),(size_plain,size_ours) = [statistics.median(o) for o in found['seconds'].values()], found['bytes'].values()
     return f'| {name} | {1000*time_plain:.2f} | {time_ours/time_plain:.2f} | {size_plain/1e6:.2f} | {size_ours/size_plain:.2f} |'
 
+def told(results):
+    "All of it as Markdown"
+    lines = [row(name.replace('_', ' '), o) for name, o in results['found'].items()]
+    return '\n'.join([f"`{results['command']}`: {results['machine']}.", '', *HEAD, *lines, '', NOTES.format(**results['calls']), ''])
+
 if __name__ == '__main__':
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('names', nargs='*', help='classes to compare; all by default')
@@ -471,14 +476,14 @@ if __name__ == '__main__':
     parser.add_argument('--out', type=Path, default=Path('benchmarks'), help='folder for losses.md and losses.json')
     args = parser.parse_args()
     be_steady()
-    classes,found,lines = zoo(), {}, [*HEAD]
-    print(*lines, sep='\n')
+    classes,found = zoo(), {}
+    print(*HEAD, sep='\n')
     for name in args.names or CASES:
         cls = classes.get(name.partition('_')[0])
         found[name] = None if cls is None else measure(name, cls, args.repeats)
-        lines.append(row(name.replace('_', ' '), found[name]))
-        print(lines[-1], flush=True)
-    notes = NOTES.format(response=call_cost('Logits', tiny_logits), feature=call_cost('FitNet', tiny_maps))
+        print(row(name.replace('_', ' '), found[name]), flush=True)
+    calls = dict(response=call_cost('Logits', tiny_logits), feature=call_cost('FitNet', tiny_maps))
     command = ' '.join(['python -m benchmarks.losses', *sys.argv[1:]])
-    (args.out/'losses.md').write_text('\n'.join([f'`{command}`: {machine()}.', '', *lines, '', notes, '']))
-    (args.out/'losses.json').write_text(json.dumps(dict(command=command, machine=machine(), found=found), indent=1) + '\n')
+    results = dict(command=command, machine=machine(), calls=calls, found=found)
+    (args.out/'losses.json').write_text(json.dumps(results, indent=1) + '\n')
+    (args.out/'losses.md').write_text(told(results))

@@ -46,6 +46,18 @@ NOTE = 'Where the loop is further than 5 % from itself, the machine was too busy
 HEAD = ['| model | GMACs | published | million parameters | published | batch | ms, report | ms, loop | report to loop | loop to itself |',
     '|---' * 10 + '|']
 
+def row(name, o):
+    "A line of the table"
+    model, bs = name.split()
+    gmacs, millions = PUBLISHED[model]
+    return (f"| {model} | {o['gmacs']:.3f} | {gmacs:.3f} | {o['million_parameters']:.2f} | {millions:.2f} | {bs} | {o['report']:.2f} | "
+        f"{o['loop']:.2f} | {o['ratio']:.3f} | {o['control']:.3f} |")
+
+def told(results):
+    "All of it as Markdown"
+    lines = [row(*o) for o in results['found'].items()]
+    return '\n'.join(['# What `report` measures', '', f"`{results['command']}`, {results['machine']}.", NOTE, '', *HEAD, *lines, ''])
+
 if __name__ == '__main__':
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--rounds', type=int, default=40, help='rounds: a report and two loops of three calls each')
@@ -53,8 +65,8 @@ if __name__ == '__main__':
     parser.add_argument('--out', type=Path, default=Path('benchmarks'), help='folder for report.md and report.json')
     args = parser.parse_args()
     torch.set_num_threads(1)
-    lines, found = [*HEAD], {}
-    for name, (gmacs, millions) in PUBLISHED.items():
+    found = {}
+    for name in PUBLISHED:
         torch.manual_seed(0)
         model = getattr(torchvision.models, name)().eval()
         counts = macs(model, torch.randn(1, 3, 224, 224))/1e9, sum(p.numel() for p in model.parameters())/1e6
@@ -62,11 +74,9 @@ if __name__ == '__main__':
             times = contest(model, torch.randn(bs, 3, args.size, args.size), args.rounds)
             ratio, control = times['report']/times['loop'], times['again']/times['loop']
             found[f'{name} {bs}'] = dict(gmacs=counts[0], million_parameters=counts[1], **times, ratio=ratio, control=control)
-            lines.append(f'| {name} | {counts[0]:.3f} | {gmacs:.3f} | {counts[1]:.2f} | {millions:.2f} | {bs} | {times["report"]:.2f} | '
-                f'{times["loop"]:.2f} | {ratio:.3f} | {control:.3f} |')
-            print(lines[-1], flush=True)
-    about = f'`python -m benchmarks.report --rounds {args.rounds}`, {machine()}.'
-    args.out.joinpath('report.md').write_text('\n'.join(['# What `report` measures', '', about, NOTE, '', *lines, '']))
-    args.out.joinpath('report.json').write_text(json.dumps(found, indent=1) + '\n')
+            print(row(f'{name} {bs}', found[f'{name} {bs}']), flush=True)
+    results = dict(command=f'python -m benchmarks.report --rounds {args.rounds}', machine=machine(), found=found)
+    (args.out/'report.json').write_text(json.dumps(results, indent=1) + '\n')
+    (args.out/'report.md').write_text(told(results))
     far = [name for name, o in found.items() if abs(o['ratio'] - 1) > .05]
     print(f'further than 5 % from the loop: {", ".join(far) or "none"}')
