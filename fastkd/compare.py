@@ -269,6 +269,8 @@ class Comparison:
         self.metric, self.labels, self.xlabel = self.runs['metric'].iloc[0], labels or {}, xlabel
         self.lower_is_better = is_lower_better(self.metric) if lower_is_better is None else lower_is_better
 
+    def __repr__(self): return '\n'.join(self.words())
+
     def values(self):
         "The metric: a row for each seed, a column for each set-up"
         order = list(dict.fromkeys(self.runs['setup']))
@@ -313,9 +315,6 @@ def words(self:Comparison,
     if 'times' in self.runs: said += [f"'{name}' was to train {times:g} times as long, and saw no batch more" for name, times
         in self.runs.groupby('setup', sort=False)['times'].first().items() if (times or 0) > 1 and batches[name] <= batches[self.baseline]]
     return said + [f"'{name}' is its candidate {self.chosen[name] + 1} of {len(means)}" for name, means in self.trials.items()]
-
-@patch
-def __repr__(self:Comparison): return '\n'.join(self.words())
 
 @patch
 def plot(self:Comparison,

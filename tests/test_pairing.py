@@ -195,7 +195,7 @@ def test_names_in_models_of_fastai(make):
 # ---- A learner as teacher
 
 def permuted(model, order):
-    "The model with its classes in another order"
+    "The model with its classes in another order; some processors round a column otherwise in another place"
     model = copy.deepcopy(model)
     head = model.head[3]
     head.weight.data, head.bias.data = head.weight.data[order], head.bias.data[order]
@@ -210,7 +210,7 @@ def test_permuted_vocabulary():
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
         fitted(expected, KD(named_learner(trained_teacher()), SoftTarget))
-    assert same(weights(found.model), weights(expected.model))
+    assert furthest(weights(found.model), weights(expected.model)) < 1e-5
 
 @pytest.mark.filterwarnings("ignore:the teacher's classes are in another order")
 def test_prediction_of_a_layer_in_another_order():
@@ -222,7 +222,7 @@ def test_prediction_of_a_layer_in_another_order():
     found, expected = named_learner(seeded(convnet, 4)), named_learner(seeded(convnet, 4))
     fitted(found, KD([teacher], SoftTarget().on(teacher_pred='0')))
     fitted(expected, KD(trained_teacher(), SoftTarget))
-    assert same(weights(found.model), weights(expected.model))
+    assert furthest(weights(found.model), weights(expected.model)) < 1e-5
 
 def test_other_vocabulary():
     teacher = named_learner(trained_teacher(), 'abcdefghijx')

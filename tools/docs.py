@@ -32,7 +32,7 @@ def heading(nb):
 
 def documentation(cell):
     "The markdown that a `show_doc` printed, as a cell: its headings become headings of the page"
-    md = cell.outputs[0].data['text/markdown'].removeprefix('---\n\n')
+    md = cell.outputs[0].data['text/markdown'].removeprefix('---\n\n').replace('__main__.', '') # the notebook itself
     return mk_cell(md if get_config().git_url else _re_source.sub('', md), 'markdown')
 
 def is_shown(output):
