@@ -19,6 +19,7 @@ _re_directive = re.compile(r'^#\|\s*([\w-]+):?\s*(.*)\n?', re.MULTILINE)
 _re_attrs     = re.compile(r'(\]\([^)]*\))\{[^}]*\}')
 _re_source    = re.compile(r'^\[source\]\(.*\n+', re.MULTILINE)
 _re_link      = re.compile(r'(?<=\]\()([^)\s#]+)')
+_re_object   = re.compile(r'__main__\.|<function (\w+) at 0x\w+>') # how Python prints what a notebook defines
 _re_within    = re.compile(r'\[([^][]*)\[(`[^`]+`)\]\([^)]*\)([^][]*)\](?=\()')
 
 def page_names():
@@ -32,7 +33,7 @@ def heading(nb):
 
 def documentation(cell):
     "The markdown that a `show_doc` printed, as a cell: its headings become headings of the page"
-    md = cell.outputs[0].data['text/markdown'].removeprefix('---\n\n').replace('__main__.', '') # the notebook itself
+    md = _re_object.sub(r'\1', cell.outputs[0].data['text/markdown'].removeprefix('---\n\n'))
     return mk_cell(md if get_config().git_url else _re_source.sub('', md), 'markdown')
 
 def is_shown(output):
