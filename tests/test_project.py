@@ -3,6 +3,7 @@ import json, os, pytest, re, shutil, subprocess, sys, torch
 from concurrent.futures import ProcessPoolExecutor
 from configparser import ConfigParser
 from helpers import FORKS
+from html import unescape
 from importlib.metadata import entry_points, metadata
 from nbdev.clean import nbdev_clean
 from nbdev.config import get_config, nbpath2html
@@ -198,3 +199,8 @@ def test_site(source):
     assert [name for name,html in pages.items() if elsewhere.search(html)] == []
     code = re.compile(r'<(pre|script)\b.*?</\1>', re.DOTALL)
     assert [name for name,html in pages.items() if '](' in code.sub('', html)] == [] # a link that was not understood
+    shown = {name: unescape(re.sub('<[^>]+>', '', html)) for name,html in pages.items()}
+    begin = re.compile(r'^(?:class|def) .*', re.MULTILINE)
+    written = {(nbpath2html(path).stem, line) for path in NBS for cell in json.loads(path.read_text())['cells']
+        if ''.join(cell['source']).startswith('#| export') for line in begin.findall(''.join(cell['source']))}
+    assert len(written) > 300 and [(name, line) for name,line in written if line not in shown[name]] == []

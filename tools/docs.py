@@ -1,9 +1,10 @@
 """README.md and the site from the notebooks, on machines without quarto.
 
 `python -m tools.docs readme` writes README.md from nbs/index.ipynb, `python -m tools.docs site` writes _docs/."""
-import nbformat, re, shutil, sys
+import ast, nbformat, re, shutil, sys
 from pathlib import Path
 from nbconvert import MarkdownExporter
+from fastcore.basics import AttrDict
 from fastcore.nbio import mk_cell, nb2str, read_nb, write_nb
 from nbdev.config import get_config, nbpath2html
 from nbdev.doclinks import nbglob
@@ -14,6 +15,7 @@ NBS,PAGES,SITE = ROOT/'nbs', ROOT/'_proc', ROOT/'_docs'
 
 # ---- Pages: notebooks as readers see them. nbdev adds what `show_doc` prints and links to names, but writes for quarto
 
+_re_export    = re.compile(r'^#\|\s*export\s*\n')
 _re_style     = re.compile(r'<style>.*?</style>', re.DOTALL)
 _re_directive = re.compile(r'^#\|\s*([\w-]+):?\s*(.*)\n?', re.MULTILINE)
 _re_attrs     = re.compile(r'(\]\([^)]*\))\{[^}]*\}')
@@ -36,6 +38,15 @@ def documentation(cell):
     md = _re_object.sub(r'\1', cell.outputs[0].data['text/markdown'].removeprefix('---\n\n'))
     return mk_cell(md if get_config().git_url else _re_source.sub('', md), 'markdown')
 
+def with_sources(cells):
+    "`cells`, and after each that is exported its code, folded: nbdev shows public names alone, and the page speaks of the others, too"
+    for cell in cells:
+        yield cell
+        source = _re_export.sub('', cell.source)
+        if cell.cell_type != 'code' or source == cell.source: continue
+        if all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in ast.parse(source).body): continue
+        yield mk_cell(f'#| code-fold: true\n#| eval: false\n{source}', metadata=AttrDict())
+
 def is_shown(output):
     "Whether `output` shows anything without the style sheet that progress bars print"
     if 'text/html' not in output.get('data', {}): return True
@@ -47,6 +58,7 @@ def clean(cell):
     directives = dict(_re_directive.findall(cell.source))
     cell.source = _re_directive.sub('', cell.source)
     cell.metadata = dict(tags=['remove-input']) if directives.get('echo') == 'false' else {}
+    if directives.get('code-fold') == 'true': cell.metadata = dict(tags=['hide-input'])
     if 'fig-alt' in directives: cell.metadata['mystnb'] = dict(image=dict(alt=directives['fig-alt'].strip('"')))
     cell.outputs = [o for o in cell.outputs if is_shown(o)]
     return cell
@@ -66,6 +78,7 @@ def with_markdown(cell):
 def page(path, links):
     "The notebook at `path` as Sphinx and nbconvert read it"
     nb = read_nb(path)
+    nb.cells = [*with_sources(nb.cells)]
     FilterDefaults()(nb)
     nb.cells[0] = heading(nb)
     cells = [documentation(c) if 'show_doc(' in c.source else c for c in nb.cells]
@@ -147,7 +160,8 @@ def write_site():
     from sphinx.application import Sphinx
     write_pages()
     conf = dict(project='fastkd', html_title=f'fastkd {get_config().version}', html_theme='furo', html_show_copyright=False,
-        html_copy_source=False, html_math_renderer='mathml', extensions=['myst_nb', 'tools.docs'], nb_execution_mode='off')
+        html_copy_source=False, html_math_renderer='mathml', extensions=['myst_nb', 'tools.docs'], nb_execution_mode='off',
+        nb_code_prompt_show='source', nb_code_prompt_hide='source')
     conf |= dict(html_static_path=[str(NBS/'styles.css')], html_css_files=['styles.css'], myst_enable_extensions=['dollarmath', 'amsmath'],
         myst_dmath_double_inline=True, myst_heading_anchors=4, myst_heading_slug_func='tools.docs.slug')
     # built among the pages and moved when it is whole, since myst-nb leaves a folder beside what it builds
