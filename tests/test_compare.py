@@ -1,6 +1,6 @@
 "Comparisons: same start and batches for all, what a restart repeats, what is measured, and what is refused."
-import helpers, json, numpy as np, os, pytest, random, re, signal, subprocess, sys, time, torch
-from fastai.basics import Callback, DataLoaders, error_rate, set_seed
+import helpers, json, numpy as np, os, pytest, random, re, signal, subprocess, sys, time, torch, warnings
+from fastai.basics import Callback, DataLoaders, accuracy, error_rate, set_seed
 from fastai.callback.tracker import SaveModelCallback
 from fastkd.all import *
 from fastkd.compare import ALONE, Arm, Comparison, compare, description, is_lower_better, sweep, train_once, weights_digest
@@ -312,6 +312,8 @@ def test_a_set_up_that_fails(tmp_path):
     assert sorted(o.name for o in tmp_path.iterdir()) == ['alone-0.json', 'comparison.json', 'kd-0.json']
     assert quick(dict(kd=kd, bad=None), path=tmp_path).values().shape == (2, 3)
     with pytest.raises(RuntimeError, match='1 runs were finished: give a path= and they are kept'): quick(dict(bad=dict(fit=stops)))
+    with pytest.raises(RuntimeError, match=r"'alone' failed with seed 0: [^\0]*division by zero$"): quick(dict(alone=dict(fit=stops), kd=kd))
+    with pytest.raises(RuntimeError, match="'kd' failed with seed 0: its function returned None"): quick(dict(kd=lambda: None))
     def lost(learn): return np.nan
     with pytest.raises(RuntimeError, match="'alone' failed with seed 0: its lost is nan"): quick(dict(kd=kd), metric=lost)
 
@@ -357,6 +359,11 @@ def test_what_a_killed_write_leaves(tmp_path):
     (tmp_path/'kd-1.json.part').write_text(file.read_text()[:20])
     file.unlink()
     assert quick(dict(kd=kd), path=tmp_path).values().equals(first.values())
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path/'runs').write_text('mine')
+    with pytest.raises(ValueError, match='runs is a file: runs are kept in a folder'): quick(dict(kd=kd), path=tmp_path/'runs')
+    assert (tmp_path/'runs').read_text() == 'mine'
 
 def test_any_name(tmp_path):
     name = '../T=4 / α'
@@ -458,15 +465,16 @@ def test_values_of_a_sweep():
     assert rising.lower_is_better
 
 @pytest.mark.parametrize('setups,error,text', [
-    (dict(kd=kd()), TypeError, "'kd': learners and callbacks are made anew for each run, by functions: lambda"),
-    (dict(kd=dict(make_learner=4)), TypeError, "'kd': learners and callbacks are made anew"),
+    (dict(kd=kd()), TypeError, "'kd': cbs is a function that is called anew for each run and makes the callbacks, not Knowledge"),
+    (dict(kd=dict(make_learner=4)), TypeError, "'kd': make_learner is a function that is called anew for each run and makes a learner, not 4: "),
     (dict(kd=dict(loss=kd)), TypeError, "'kd' says loss: a set-up is a dict of make_learner, fit and cbs"),
-    (dict(kd=dict(cbs=[kd])), TypeError, "'kd': learners and callbacks are made anew"),
-    (dict(kd=dict(fit=lambda learn: learn.fit(1))), TypeError, "'kd': fit takes a learner and the callbacks of a run"),
+    (dict(kd=dict(cbs=[kd])), TypeError, "'kd': cbs is a function"),
+    (dict(kd=KnowledgeDistillationCallback), TypeError, "'kd': cbs is a function"),
+    (dict(kd=dict(fit=lambda learn: learn.fit(1))), TypeError, "'kd': fit is a function that is called anew for each run with a learner"),
     (dict(kd=[]), ValueError, "'kd' has no candidate"),
     (dict(kd=kd, KD=kd), ValueError, 'names differ in more than capital letters'),
     ({}, ValueError, 'at least one set-up beside the baseline')],
-    ids=['instance', 'number', 'unknown', 'list', 'no callbacks', 'empty', 'capitals', 'none'])
+    ids=['instance', 'number', 'unknown', 'list', 'class', 'no callbacks', 'empty', 'capitals', 'none'])
 def test_set_ups_that_are_none(setups, error, text):
     with pytest.raises(error, match=re.escape(text)): quick(setups)
 
@@ -474,7 +482,25 @@ def test_set_ups_that_are_none(setups, error, text):
 def test_set_ups_that_are_no_dict(setups):
     with pytest.raises(ValueError, match='setups is a dict of names and at least one set-up'): quick(setups)
 
+@pytest.mark.parametrize('made', [make(), make().model, 5, lambda learn, cbs: learn], ids=['learner', 'model', 'number', 'arguments'])
+def test_what_makes_no_learner(made):
+    "It is named as the argument that it is, and not as the baseline's"
+    with pytest.raises(TypeError, match='^make_learner is a function that is called anew'): compare(made, dict(kd=kd), fit)
+
+def test_metrics_of_a_batch():
+    "`metric=accuracy` has two arguments, and would fail after the first training"
+    with pytest.raises(TypeError, match='metric is the name of a column, or a function of the trained learner, not <function acc'):
+        quick(dict(kd=kd), metric=accuracy)
+
+def test_says_nothing_of_its_own():
+    "No callback's name is that of an attribute, of which fastai warns"
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        warnings.filterwarnings('ignore', 'the teacher is right on')
+        assert quick(dict(same=None)).values().shape == (2, 2)
+
 def test_numbers_of_seeds():
+    with pytest.raises(TypeError, match="seeds is a number, or a list of numbers, not '3'"): quick(dict(same=None), seeds='3')
     assert quick(dict(same=None), seeds=np.int64(2)).values().shape == (2, 2)
     assert quick(dict(same=None), seeds={1, 2}).values().index.tolist() == [1, 2]
     for seeds in (2.5, [.2, .7]):
