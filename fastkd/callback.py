@@ -11,7 +11,6 @@ from contextlib import contextmanager, nullcontext
 from functools import partial, reduce
 from numbers import Number
 from operator import and_
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch, torch.nn.functional as F
@@ -25,10 +24,10 @@ from .advice import classes_that_coexist, predicts_probabilities, teacher_at_cha
 from .ensemble import Ensemble, _kind
 from .learned import LearnedParts, average, broadcast, broadcast_statistics, scaler_of, together
 from .learners import from_learner
-from .losses.core import Loss, Mixed, Probe, Sum, _tensors, as_sum, first_samples, loss_name
+from .losses.core import Loss, Mixed, Probe, Sum, _tensors, as_classes, as_sum, first_samples, loss_name
 from .modules import Captures, evaluating, logits, missing_layer, on_host, reset_state, unwrap_model
 from .schedules import _said, as_schedules, check_curve, multiplies, scheduled_value
-from .shared import loader_behind
+from .shared import how_to_load, loader_behind
 from .teachers import Frozen, Teacher
 
 # %% ../nbs/30_callback.ipynb #07ea4187
@@ -36,10 +35,8 @@ def _check_kind(teacher):
     "Raise a TypeError unless `teacher` can teach"
     if isinstance(teacher, (list, tuple)): return [_check_kind(o) for o in teacher]
     if isinstance(teacher, (nn.Module, Learner, Teacher)) and not isinstance(teacher, (Loss, Sum)): return
-    hint = ': a file is loaded first, load_learner(file) or torch.load(file)' if isinstance(teacher, (str, Path)) else \
-        ': weights are loaded into a model first, model.load_state_dict(…)' if isinstance(teacher, dict) else ''
     raise TypeError(f'the teacher comes first, a module, a Learner or a Teacher, and not {_kind(teacher)}: '
-        f'KnowledgeDistillationCallback(teacher, loss){hint}')
+        f'KnowledgeDistillationCallback(teacher, loss){how_to_load(teacher)}')
 
 _ELSEWHERE = dict(T='a temperature belongs to the loss, SoftTarget(T=4)', alpha='the share of the distillation loss is called weight',
     activations='layers are named for each side, activations_student=[…], activations_teacher=[…]')
@@ -191,8 +188,8 @@ def _axis(self:KnowledgeDistillationCallback): return getattr(self._task_loss_fu
 @patch
 def _labels(self:KnowledgeDistillationCallback):
     "The batch's labels, both of them where samples are mixed"
-    y, mix = detuplify(tuple(self.learn.yb)), self._mix()
-    return y if mix is None else Mixed(y, detuplify(tuple(mix.yb1)), mix.lam)
+    mix, labels = self._mix(), lambda yb: as_classes(detuplify(tuple(yb)), self._fit.shape, self._fit.axis)
+    return labels(self.learn.yb) if mix is None else Mixed(labels(self.learn.yb), labels(mix.yb1), mix.lam)
 
 @patch
 def _mask(self:KnowledgeDistillationCallback):
@@ -404,6 +401,7 @@ def _look(self:KnowledgeDistillationCallback):
         fm_s = fit.captures.take()
         self._check_captured(fm_s)
         pred = self.logits(output)
+        fit.shape = pred.shape
         teacher_pred, fm_t = self._ask_once(one, pred, fm_s)
         if 'mask' in fit.wants: self._mask()
     fit.shapes = {name: tuple(value.shape[1:]) for name, value in fm_s.items()}
@@ -706,7 +704,8 @@ def _stands_twice(self:KnowledgeDistillationCallback):
     same = lambda cb: isinstance(cb, KnowledgeDistillationCallback) and cb.teacher is self.teacher and repr(cb) == repr(self)
     alike = self.learn.cbs.filter(same)
     if len(alike) < 2 or alike[0] is not self: return None
-    return f'{self} is in this fit {len(alike)} times, and counts as often: learn.remove_cb(KnowledgeDistillationCallback) takes them away'
+    return f'{self} is in this fit {len(alike)} times, and counts as often: give it to fit once, '\
+        'or take it from the Learner, learn.remove_cb(KnowledgeDistillationCallback)'
 
 @patch
 def _answers_unmixed(self:KnowledgeDistillationCallback):

@@ -23,7 +23,7 @@ from .learners import class_names
 from .losses.core import _tensors
 from .modules import logits, unwrap_model
 from .report import as_found, step_by_step
-from .shared import needed, one_loader
+from .shared import how_to_load, needed, one_loader
 
 # %% ../nbs/43_export.ipynb #fdae0bb9
 class _Student(nn.Module):
@@ -43,7 +43,7 @@ def _apart():
 # %% ../nbs/43_export.ipynb #2ed5a188
 def _inputs(learn, dl=None):
     "Inputs of the first batch, nested as the model takes them"
-    if not isinstance(learn, Learner): raise TypeError(f'a Learner is exported, and not {type(learn).__name__}: its data are traced')
+    if not isinstance(learn, Learner): raise TypeError(f'a Learner is exported, whose data are traced, and not {type(learn).__name__}{how_to_load(learn)}')
     dl = learn.dls.valid if dl is None else one_loader(dl, 'an export')
     if not len(dl):
         raise ValueError('there is no batch to trace the model with: a learner that was loaded has no data, so give it dl=dls.valid')
@@ -156,7 +156,8 @@ def export_onnx(
     dl=None, # Batches to trace and check with; by default the learner's validation set
 ) -> OnnxModel: # The file as a model
     "Save the student alone as ONNX, for any batch size, and check what it says"
-    if not isinstance(learn, Learner): raise TypeError(f'export_onnx(learner, file): a Learner is exported, and not {type(learn).__name__}')
+    if not isinstance(learn, Learner):
+        raise TypeError(f'export_onnx(learner, file): a Learner is exported, and not {type(learn).__name__}{how_to_load(learn)}')
     for name in ('onnx', 'onnxscript', 'onnxruntime'): _need(name)
     with _beside(file, '.onnx') as made, _apart():
         program = traced(learn, logits, dynamic, dl)

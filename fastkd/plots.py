@@ -14,10 +14,11 @@ from fastcore.basics import detuplify, listify, patch
 from torch import Tensor, nn
 from .callback import KnowledgeDistillationCallback, as_teacher
 from .learned import average
-from .losses.core import channels_first
+from .losses.core import as_classes, channels_first
 from .losses.feature import attention_map
 from .modules import Captures, evaluating, logits, missing_layer, reset_state, unwrap_model
 from .report import as_frozen, check_shapes, divergence, has_classes, ignored_label, log_probabilities
+from .shared import how_to_load
 from .teachers import Teacher
 
 # %% ../nbs/42_plots.ipynb #fd36cb2d
@@ -28,7 +29,7 @@ class AgreementCallback(Callback):
         teacher, # Trained model, its `Learner`, or a `Teacher`
     ):
         if not isinstance(teacher, (nn.Module, Learner, Teacher)):
-            raise TypeError(f'the teacher is a module, a Learner or a Teacher, not {type(teacher).__name__}')
+            raise TypeError(f'the teacher is a module, a Learner or a Teacher, not {type(teacher).__name__}{how_to_load(teacher)}')
         self.teacher, self.history = teacher, {name: [] for name in _COLUMNS}
         self._answers, self._sums, self._looked = None, None, False # the teacher of this fit; sums; whether both were tried on a sample
 
@@ -78,8 +79,11 @@ def _ask(self:AgreementCallback, teacher, xb, pred, target):
     return answer
 
 @patch
-def _check_classes(self:AgreementCallback, pred, target):
-    if has_classes(pred, target, getattr(self.learn.loss_func, 'axis', 1)): return
+def _said(self:AgreementCallback, output, yb):
+    "The student's logits and the labels"
+    pred, axis = logits(output), getattr(self.learn.loss_func, 'axis', 1)
+    target = as_classes(detuplify(tuple(yb)), pred.shape, axis)
+    if has_classes(pred, target, axis): return pred, target
     raise ValueError('predictions here are not one class out of several: nothing to agree on')
 
 @patch
@@ -91,8 +95,7 @@ def before_batch(self:AgreementCallback):
     xb, yb = one(self.learn.xb), one(self.learn.yb)
     self._answers.to(next(model.parameters()).device)
     with no_random(reproducible=False), evaluating(model), torch.no_grad():
-        pred, target = logits(model(*xb)), detuplify(yb)
-        self._check_classes(pred, target)
+        pred, target = self._said(model(*xb), yb)
         self._ask(self._answers.live, xb, pred, target)
     reset_state(model)
     self._answers.reset()
@@ -111,8 +114,7 @@ def after_pred(self:AgreementCallback):
     "Add a validation batch"
     if self._sums is None or self.learn.training: return
     learn, axis = self.learn, getattr(self.learn.loss_func, 'axis', 1)
-    pred, target = logits(learn.pred), detuplify(tuple(learn.yb))
-    self._check_classes(pred, target)
+    pred, target = self._said(learn.pred, learn.yb)
     answer = self._ask(self._answers, learn.xb, pred, target)
     counted = target.as_subclass(Tensor).flatten() != ignored_label(learn.loss_func)
     log_s, log_t = (log_probabilities(o, axis)[counted] for o in (pred, answer))
@@ -134,11 +136,13 @@ def plot(self:AgreementCallback,
 ):
     "Divergence and agreement after each epoch of the last fit; returns the axes"
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
     if not self.history['teacher_kl']: raise ValueError('nothing was compared yet: fit with this callback first')
     if axs is None: axs = plt.subplots(1, 2, figsize=(7, 2.6), layout='constrained')[1]
     for (name, values), ax in zip(self.history.items(), axs):
         ax.plot(range(1, len(values) + 1), values, marker='.')
         ax.set(title=name, xlabel='epoch')
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return axs
 
 # %% ../nbs/42_plots.ipynb #60c07305

@@ -24,9 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from .cache import CachedTeacher
 from .learners import class_names, from_learner
-from .losses.core import _tensors, to_rows
+from .losses.core import _tensors, as_classes, to_rows
 from .modules import evaluating, logits, unwrap_model
-from .shared import needed, one_loader
+from .shared import how_to_load, needed, one_loader
 from .statistics import is_lower_better
 from .teachers import Frozen
 
@@ -99,8 +99,8 @@ class _Comparison(Callback):
 @patch
 def after_batch(self:_Comparison):
     if not len(self.learn.yb): raise ValueError('a report needs labels: give it a `dl` that has them')
-    axis, target = getattr(self.learn.loss_func, 'axis', 1), detuplify(tuple(self.learn.yb))
-    own, loss = self.learn.pred, self.learn.loss
+    own, loss, axis = self.learn.pred, self.learn.loss, getattr(self.learn.loss_func, 'axis', 1)
+    target = as_classes(detuplify(tuple(self.learn.yb)), logits(own).shape, axis)
     self.classes = self.classes and has_classes(logits(own), target, axis)
     if self.classes: self.count(logits(own), self.answer, target.as_subclass(Tensor), axis)
     self.accumulate('student', own)
@@ -444,7 +444,7 @@ def _as_learner(student, teacher):
     if isinstance(student, nn.Module) and isinstance(teacher, Learner):
         return Learner(teacher.dls, student, teacher.loss_func, metrics=copy.deepcopy(teacher.metrics))
     raise TypeError(f'student and teacher are learners, or one of them is and the other a module, not {type(student).__name__} and '
-        f'{type(teacher).__name__}')
+        f'{type(teacher).__name__}{how_to_load(student)}')
 
 def as_frozen(
     teacher, # `Learner`, module or `Frozen`, or a cache of one
@@ -457,7 +457,7 @@ def as_frozen(
     if isinstance(teacher, Learner): return Frozen(teacher.model)
     if isinstance(teacher, nn.Module): return Frozen(teacher)
     if isinstance(teacher, Frozen): return teacher
-    raise TypeError(f'the teacher is a Learner, a module or Frozen, not {type(teacher).__name__}')
+    raise TypeError(f'the teacher is a Learner, a module or Frozen, not {type(teacher).__name__}{how_to_load(teacher)}')
 
 def _whole(name, values, least=1):
     "What an argument lists, each number once"

@@ -312,7 +312,8 @@ def test_a_set_up_that_fails(tmp_path):
     assert sorted(o.name for o in tmp_path.iterdir()) == ['alone-0.json', 'comparison.json', 'kd-0.json']
     assert quick(dict(kd=kd, bad=None), path=tmp_path).values().shape == (2, 3)
     with pytest.raises(RuntimeError, match='1 runs were finished: give a path= and they are kept'): quick(dict(bad=dict(fit=stops)))
-    with pytest.raises(RuntimeError, match=r"'alone' failed with seed 0: [^\0]*division by zero$"): quick(dict(alone=dict(fit=stops), kd=kd))
+    with pytest.raises(RuntimeError, match=r"'alone' failed with seed 0: [^\0]*division by zero$"):
+        quick(dict(alone=dict(fit=stops), kd=kd))
     with pytest.raises(RuntimeError, match="'kd' failed with seed 0: its function returned None"): quick(dict(kd=lambda: None))
     def lost(learn): return np.nan
     with pytest.raises(RuntimeError, match="'alone' failed with seed 0: its lost is nan"): quick(dict(kd=kd), metric=lost)
@@ -466,7 +467,7 @@ def test_values_of_a_sweep():
 
 @pytest.mark.parametrize('setups,error,text', [
     (dict(kd=kd()), TypeError, "'kd': cbs is a function that is called anew for each run and makes the callbacks, not Knowledge"),
-    (dict(kd=dict(make_learner=4)), TypeError, "'kd': make_learner is a function that is called anew for each run and makes a learner, not 4: "),
+    (dict(kd=dict(make_learner=4)), TypeError, "'kd': make_learner is a function that is called anew for each run"),
     (dict(kd=dict(loss=kd)), TypeError, "'kd' says loss: a set-up is a dict of make_learner, fit and cbs"),
     (dict(kd=dict(cbs=[kd])), TypeError, "'kd': cbs is a function"),
     (dict(kd=KnowledgeDistillationCallback), TypeError, "'kd': cbs is a function"),

@@ -1,5 +1,5 @@
 "What is in an exported file, that it says what torch says, and what its eight-bit version loses."
-import copy, json, onnx, pickle, pytest, sys, torch
+import copy, json, numpy as np, onnx, PIL.Image, pickle, pytest, re, sys, torch
 from fastai.basics import CrossEntropyLossFlat, Learner, set_seed
 from fastai.metrics import accuracy
 from fastkd.all import FitNet, KnowledgeDistillationCallback, SoftTarget
@@ -290,6 +290,9 @@ def test_a_learner_without_data(tmp_path):
 
 def test_what_is_no_learner(tmp_path):
     with pytest.raises(TypeError, match='a Learner is exported, and not Sequential'): export_onnx(nn.Sequential(), tmp_path/'a.onnx')
+    with pytest.raises(TypeError, match=r'a file is loaded first, load_learner\(file\)'): export_onnx('student.pkl', tmp_path/'a.onnx')
+    with pytest.raises(TypeError, match=r'a file is loaded first, OnnxModel\(file\)'): report('a.onnx', learner(convnet(4)))
+    with pytest.raises(TypeError, match=r'a file is loaded first, model.load_state'): report(learner(convnet(4)), Path('a.pth'))
     with pytest.raises(TypeError, match='what `export_onnx` returned is quantized, and not Learner'):
         quantize_onnx(learner(), tmp_path/'a.onnx')
     exported = export_onnx(learner(), tmp_path/'student.onnx')
@@ -301,3 +304,22 @@ def test_what_is_no_learner(tmp_path):
         export_onnx(learner(), tmp_path/'a.onnx', dl=learner().dls)
     with pytest.raises(TypeError, match=r'export_onnx\(learner, file\): a Learner is exported, and not str'):
         export_onnx('a.onnx', learner())
+
+def test_a_picture_is_read_as_fastai_reads_it(tmp_path):
+    "The lines of the page, for pictures in colour of any shape, beside fastai's own loader"
+    from fastai.vision.all import ImageDataLoaders, Normalize, Resize, imagenet_stats
+    rng, page = np.random.default_rng(0), (Path(__file__).parent.parent/'nbs'/'43_export.ipynb').read_text()
+    (lines,) = [o for cell in json.loads(page)['cells'] for o in re.findall('```python\n(.*?)```', ''.join(cell['source']), re.DOTALL)
+        if 'swan.png' in o]
+    for i in range(6):
+        pixels = rng.integers(0, 255, (*rng.integers(33, 70, 2), 3), dtype='uint8')
+        PIL.Image.fromarray(pixels).save(tmp_path/f'{"ab"[i%2]}{i}.png')
+    files = sorted(tmp_path.glob('*.png'))
+    dls = ImageDataLoaders.from_path_func(tmp_path, files, lambda o: o.name[0], item_tfms=Resize(32), num_workers=0, bs=2,
+        batch_tfms=Normalize.from_stats(*imagenet_stats, cuda=False), device='cpu')
+    normalize = dls.train.after_batch.normalize
+    for file in files:
+        found = dict(np=np, PIL=PIL, mean=normalize.mean.cpu().numpy(), std=normalize.std.cpu().numpy())
+        exec(lines.replace("'swan.png'", f'{str(file)!r}'), found)
+        expected = dls.test_dl([file]).one_batch()[0].numpy()
+        assert found['pixels'].dtype == np.float32 and np.abs(found['pixels'] - expected).max() < 1e-4

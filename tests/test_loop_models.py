@@ -8,7 +8,7 @@ from fastai.text.learner import language_model_learner, text_classifier_learner
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config, awd_lstm_lm_config
 from fastai.vision.models.unet import DynamicUnet
 from fastkd.all import *
-from helpers import (ByHand, attention, convnet, digits, error_of, fitted, furthest, learner, loaders, n_hooks, quiet,
+from helpers import (At, ByHand, attention, convnet, digits, error_of, fitted, furthest, learner, loaders, n_hooks, quiet,
     same, seeded, shows, slow, soft_target, trained_teacher, weights)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -122,6 +122,30 @@ def test_tabular(tables):
     assert gap(make, teacher.model, SoftTarget, soft_target) < 1e-6
     given, module = [fitted(make(), KD(o, SoftTarget)) for o in (teacher, teacher.model)]
     assert same(weights(given.model), weights(module.model))
+
+@pytest.mark.parametrize('loss', [DecoupledKD, NormalizedKD, WeightedSoftLabel])
+def test_labels_of_a_table(tables, loss):
+    "fastai's `(bs, 1)` labels of eight bits teach what `(bs,)` ones of 64 teach"
+    teacher = fitted(table(tables['kind'], 32, seed=1), n_epoch=4, lr=.1)
+    def as_usual(learn): learn.yb = learn.y.squeeze(1).long(),
+    given, usual = [fitted(table(tables['kind'], 8), [KD(teacher, loss), *cbs]) for cbs in ([], [At('before_batch', as_usual, nth=0)])]
+    assert given.dls.one_batch()[-1].shape == (16, 1) and given.dls.one_batch()[-1].dtype == torch.int8
+    assert same(weights(given.model), weights(usual.model))
+
+def test_judges_a_table(tables):
+    "Agreement, the report and the warning of a teacher at chance see the classes of a table"
+    teacher, found = (fitted(table(tables['kind'], width, metrics=accuracy), n_epoch=4, lr=.1) for width in (32, 8))
+    fitted(found, [agreement := AgreementCallback(teacher)], n_epoch=1)
+    judged = report(found, teacher, n_runs=0)
+    (pred, target), (answer, _) = found.get_preds(), teacher.get_preds()
+    expected = 100*(pred.argmax(1) == answer.argmax(1)).float().mean().item()
+    assert judged.table.loc['agreement, %', 'student'] == pytest.approx(expected)
+    assert 100*agreement.history['teacher_agreement'][-1] == pytest.approx(expected)
+    assert judged.table.loc['accuracy, %', 'student'] == pytest.approx(100*(pred.argmax(1) == target.flatten()).float().mean().item())
+    assert judged.classes['count'].sum() == 16
+    wrong = nn.Module()
+    wrong.forward = lambda cats, conts: -9*teacher.model(cats, conts)
+    with pytest.warns(UserWarning, match='the teacher is right on'): fitted(table(tables['kind'], 8), KD(wrong, SoftTarget), n_epoch=1)
 
 @shows('tabular_learner(dls, y_range=(-5, 5), cbs=KnowledgeDistillationCallback(teacher, Logits)).fit(5)')
 def test_regression(tables):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'LARGE', 'CHUNK', 'wanted_inputs', 'loss_name', 'Loss', 'Probe', 'to_rows', 'row_shape', 'mean_of',
-           'fit_mask', 'counted_mean', 'sure', 'mean_by_chunks', 'ResponseLoss', 'Mixed', 'first_samples',
+           'fit_mask', 'counted_mean', 'sure', 'mean_by_chunks', 'ResponseLoss', 'Mixed', 'first_samples', 'as_classes',
            'class_index', 'LabelledResponseLoss', 'as_list', 'PairLoss', 'RelationLoss', 'unit', 'channels_first',
            'both_channels_first', 'to_square', 'same_positions', 'FeatureLoss', 'make_adapter', 'AdaptedLoss', 'Draws',
            'Part', 'pick', 'Sum', 'as_sum']
@@ -341,11 +341,21 @@ def first_samples(target, n):
     if not isinstance(target, Mixed): return target[:n] if isinstance(target, Tensor) else target
     return Mixed(*(o[:n] if isinstance(o, Tensor) and o.ndim else o for o in target))
 
+def as_classes(
+    target, # Labels of any kind, `(bs, ...)` or `(bs, 1, ...)`
+    shape, # Of the predictions, `(bs, n_classes, ...)`
+    axis:int=1, # Dimension of the predictions that holds the classes
+): # `(bs, ...)`, int64; labels that are not one class out of several as they are
+    "Labels as torch's own losses take them"
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.shape == shape: return target
+    if target.ndim == len(shape) and target.shape[axis] == 1: target = target.squeeze(axis)
+    return target.long()
+
 # %% ../../nbs/10_losses.core.ipynb #dc1e985f
 def class_index(target, shape, axis):
     "Labels `(bs, ...)` as they are; one-hot labels, of the predictions' shape, as the position of the one"
     if target.shape == shape: return target.argmax(axis)
-    if not target.is_floating_point(): return target
+    if not target.is_floating_point(): return as_classes(target, shape, axis)
     raise ValueError(f'labels are classes as integers or one-hot, not {target.dtype} of shape {tuple(target.shape)}')
 
 class LabelledResponseLoss(ResponseLoss):
