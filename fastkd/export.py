@@ -43,7 +43,8 @@ def _apart():
 # %% ../nbs/43_export.ipynb #2ed5a188
 def _inputs(learn, dl=None):
     "Inputs of the first batch, nested as the model takes them"
-    if not isinstance(learn, Learner): raise TypeError(f'a Learner is exported, whose data are traced, and not {type(learn).__name__}{how_to_load(learn)}')
+    if not isinstance(learn, Learner):
+        raise TypeError(f'a Learner is exported, whose data are traced, and not {type(learn).__name__}{how_to_load(learn)}')
     dl = learn.dls.valid if dl is None else one_loader(dl, 'an export')
     if not len(dl):
         raise ValueError('there is no batch to trace the model with: a learner that was loaded has no data, so give it dl=dls.valid')
