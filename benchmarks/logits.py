@@ -61,7 +61,7 @@ def told(found):
     repeats = len(next(iter(found['found'].values()))['seconds']['whole'])
     lines = [f"`python -m benchmarks.logits --rows {found['rows']} --repeats {repeats}`, {found['machine']}: {found['rows']} positions, "
         f'{N_CLASSES} classes; memory in units of the logits, their gradient included.', '',
-        '| loss | memory in one piece | in chunks | ms in one piece | time, chunks to one piece | where memory is kept |',
+        '| loss | memory in one piece | in chunks | ms in one piece | time, chunks to one piece | time ratio where memory is kept |',
         '|---|---|---|---|---|---|', *[row(name, o, found['kept'][name]) for name, o in found['found'].items()], '',
         f"8192 positions, 1.07 GB of logits, SoftTarget in chunks: {found['largest']:.2f} times the logits."]
     return '\n'.join(lines) + '\n'

@@ -226,7 +226,7 @@ def step_by_step():
 def in_sight(
     model:nn.Module, # Any module
 ):
-    "Evaluate a model with operations that a counter can see; an LSTM is one of oneDNN's else, of which nothing is known"
+    "Evaluate a model with operations that a counter can see; oneDNN would run an LSTM as one, of which it sees nothing"
     before, fused = torch.backends.mkldnn.enabled, any(isinstance(o, nn.LSTM) for o in model.modules())
     try:
         if fused: torch.backends.mkldnn.enabled = False
