@@ -7,8 +7,9 @@ __all__ = ['ALONE', 'Arm', 'as_arm', 'ShuffleCallback', 'metric_name', 'measured
            'write_whole', 'Runs', 'Comparison', 'compare', 'sweep']
 
 # %% ../nbs/40_compare.ipynb #fa10da81
-import gc, hashlib, inspect, json, operator, platform, random, time
+import gc, hashlib, inspect, json, operator, platform, time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from fastcore.basics import listify, patch
 from fastprogress.fastprogress import master_bar, progress_bar
 from torch import nn
 from .description import description
-from .shared import content_digest, loader_behind, whole_file
+from .shared import content_digest, loader_behind, random_state_kept, whole_file
 from .statistics import holm, in_words, is_lower_better, mean_interval, of_report, paired_interval
 
 # %% ../nbs/40_compare.ipynb #8513b673
@@ -74,9 +75,11 @@ class ShuffleCallback(Callback):
     def __init__(self,
         seed:int=0, # Of the run
         metric=None, # As in `measured`
-    ): self.seed, self.metric, self.n, self.begun = seed, metric, 0, []
+    ): self.seed, self.metric, self.n, self.begun, self.kept = seed, metric, 0, [], ExitStack()
 
-    def before_fit(self): self.begin(self.learn.dls.train)
+    def before_fit(self):
+        for dl in self.learn.dls.loaders: self.begin(dl)
+
     def before_train(self): check_column(self.learn, self.metric)
     def after_batch(self): self.n += self.training
 
@@ -97,8 +100,8 @@ def measured(
     name, known = metric_name(learn, metric), list(learn.recorder.metric_names[1:])
     if callable(metric): return name, float(metric(learn))
     check_column(learn, metric)
-    last = dict(zip(known, learn.recorder.values[-1] if learn.recorder.values else []))
-    if name in last: return name, float(last[name])
+    last = learn.recorder.values[-1] if learn.recorder.values else []
+    if name in known[:len(last)]: return name, float(last[known.index(name)]) # of two metrics of one name, the first
     raise ValueError(f"no epoch came to its end, and '{name}' was not measured")
 
 def check_column(
@@ -107,6 +110,8 @@ def check_column(
 ):
     "Raise a ValueError unless the training table has the metric"
     name, known = metric_name(learn, metric), list(learn.recorder.metric_names[1:])
+    if metric is None and not (len(learn.dls.loaders) > 1 and len(learn.dls.valid)):
+        raise ValueError(f'{name} is measured on a validation set, and the learner has none')
     if not callable(metric) and name not in known:
         raise ValueError(f"the training table has no '{name}', but {', '.join(known)}; metric=lambda learn: learn.validate()[1] "
             'measures after the fit')
@@ -118,19 +123,14 @@ def begin(self:ShuffleCallback,
 ):
     "Shuffle from here as in every run of this seed; once for each loader, for a second fit goes on"
     loader = loader_behind(dl)
-    if any(o is loader for o, _ in self.begun): return
-    rng, sampler = getattr(loader, 'rng', None), getattr(loader, 'sampler', None)
-    generators = {id(o): o for o in (getattr(loader, 'generator', None), getattr(sampler, 'generator', None)) if o is not None}
-    self.begun.append((loader, (rng, [(o, o.get_state()) for o in generators.values()])))
-    if rng is not None: loader.rng = random.Random(self.seed)
-    for o in generators.values(): o.manual_seed(self.seed)
+    if any(o is loader for o in self.begun): return
+    self.begun.append(loader)
+    self.kept.enter_context(random_state_kept(loader, self.seed))
 
 @patch
 def give_back(self:ShuffleCallback):
     "Random states of the user's"
-    for loader, (rng, generators) in self.begun:
-        if rng is not None: loader.rng = rng
-        for generator, state in generators: generator.set_state(state)
+    self.kept.close()
     self.begun = []
 
 # %% ../nbs/40_compare.ipynb #2dafa67f
@@ -146,11 +146,13 @@ def train_once(
     metric=None, # As in `measured`
     start:str=None, # What `weights_digest` says of the weights with which other set-ups began
     expected:str=None, # What the number of other set-ups is called
+    ended=(), # What `weights_digest` said of models that were trained before
 ) -> dict: # The number, seconds, batches, parameters
     "Make a learner, train it, measure it"
     with no_random(seed, reproducible=False):
         learn = arm.learner()
         began, run = weights_digest(learn.model), ShuffleCallback(seed, metric)
+        if began in ended: raise ValueError('it starts from weights that another run has trained: let make_learner() make a new model')
         if start not in (None, began):
             raise ValueError('it starts from other weights than the set-ups before it: let make_learner() make a new model each time')
         if (name := metric_name(learn, metric)) != (expected or name):
@@ -163,13 +165,14 @@ def train_once(
     if not run.n: raise ValueError('no batch was trained with its callbacks: let fit pass them on, learn.fit_one_cycle(8, cbs=cbs)')
     if not np.isfinite(value): raise ValueError(f'its {name} is {value}')
     n_params = sum(p.numel() for p in learn.model.parameters())
-    return dict(metric=name, value=value, cpu=cpu, wall=wall, batches=run.n, parameters=n_params, start=began, times=arm.times)
+    return dict(metric=name, value=value, cpu=cpu, wall=wall, batches=run.n, parameters=n_params, start=began,
+        end=weights_digest(learn.model), times=arm.times)
 
 def _time_fit(arm, learn, cbs, seed):
     "Train, on the same batches as any other student; wall-clock and CPU seconds"
     longer = {} if arm.times is None else dict(times=arm.times)
     set_seed(seed + 0x5eed)
-    cbs[-1].begin(learn.dls.train) # also for a fit without its callbacks, before one with them
+    for dl in learn.dls.loaders: cbs[-1].begin(dl) # also for a fit without its callbacks, before one with them
     wall, cpu = time.perf_counter(), time.process_time()
     try:
         with learn.no_bar(), learn.no_logging(): arm.fit(learn, cbs, **longer)
@@ -228,6 +231,8 @@ def _read(self:Runs, about):
     if other := [key for key in about if known.get(key) != about[key]]:
         raise ValueError(f'{self.path} holds another comparison, whose {" and ".join(other)} differed: give this one another path')
     runs = [json.loads(file.read_text()) for file in files if file != head]
+    if other := [file.name for file, run in zip((o for o in files if o != head), runs) if not {'setup', 'seed', 'end'} <= {*run}]:
+        raise ValueError(f'{self.path} holds {other[0]}, which is no run of this version: give an empty folder')
     self.found = {(run['setup'], run['seed']): run for run in runs}
 
 # %% ../nbs/40_compare.ipynb #f69f5e80
@@ -241,7 +246,7 @@ def train_all(self:Runs,
     "Train what is not there yet; runs in memory are known by their names, those in files by a description, too"
     of = {name: self.path and description([arm.make_learner, arm.fit, arm.cbs]) for name, arm in arms.items()}
     for name in arms: [self.find(name, seed, of[name]) for seed in seeds] # a folder that does not fit is an error before any training
-    bar, runs, expected = master_bar(seeds) if progress else seeds, [], None
+    bar, runs, expected, ended = master_bar(seeds) if progress else seeds, [], None, set()
     for seed in bar:
         starts = {}
         inner = progress_bar([*arms], parent=bar) if progress else arms
@@ -249,20 +254,21 @@ def train_all(self:Runs,
         for name in inner:
             make = arms[name].make_learner
             run = self.find(name, seed, of[name]) or self.keep(name, seed, dict(of=of[name],
-                **self._train(name, arms[name], seed, metric, starts.get(make), expected)))
-            starts.setdefault(make, run['start'])
+                **self._train(name, arms[name], seed, metric, starts.get(id(make)), expected, ended)))
+            starts.setdefault(id(make), run['start'])
+            if run['end'] != run['start']: ended.add(run['end'])
             expected = expected or run['metric']
             runs.append(run)
     return runs
 
 @patch
-def _train(self:Runs, name, arm, seed, metric, start, expected):
+def _train(self:Runs, name, *args):
     "One run, or an error that says which"
-    try: return train_once(arm, seed, metric, start, expected)
+    try: return train_once(*args)
     except Exception as e:
         kept = 'give a path= and they are kept' if self.path is None else f'they are kept in {self.path}, and the next call goes on'
         finished = f'. {len(self.found)} runs were finished: {kept}' if self.found else ''
-        raise RuntimeError(f"'{name}' failed with seed {seed}: {e}{finished}") from e
+        raise RuntimeError(f"'{name}' failed with seed {args[1]}: {e}{finished}") from e
     finally:
         if torch.cuda.is_available(): gc.collect() # learners and callbacks refer to each other, and keep what is on the GPU
 
@@ -386,7 +392,9 @@ def _seeds(seeds, first=0):
     "How many, from `first` on, or which"
     if isinstance(seeds, str): raise TypeError(f'seeds is a number, or a list of numbers, not {seeds!r}')
     if not isinstance(seeds, Iterable): return list(range(first, first + operator.index(seeds)))
-    return list(dict.fromkeys(map(operator.index, seeds)))
+    found = list(dict.fromkeys(map(operator.index, seeds)))
+    if any(seed < 0 for seed in found): raise ValueError(f'seeds are 0 or more, not {min(found)}')
+    return found
 
 # %% ../nbs/40_compare.ipynb #a892a218
 def _check_times(fit):

@@ -8,8 +8,11 @@ __all__ = ['is_own', 'description']
 # %% ../nbs/04_description.ipynb #ea0b476f
 import dis, functools, hashlib, inspect, re, sys
 from collections import deque
+from contextlib import suppress
 from enum import Enum
 from functools import cached_property, partialmethod
+from importlib import import_module
+from importlib.util import find_spec, resolve_name
 from numbers import Number
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MappingProxyType, MethodType, MethodWrapperType, ModuleType
@@ -31,9 +34,14 @@ def is_own(
     module:str, # Name of a module
 ) -> bool:
     "Whether a module is the user's, and not one of an installed package"
-    top, file = (module or '').split('.')[0], Path(getattr(sys.modules.get(module), '__file__', None) or '')
+    top, file = (module or '').split('.')[0], Path(_file_of(module) or '')
     installed = top in ('', 'fastkd') or top in sys.stdlib_module_names or {'site-packages', 'dist-packages'} & {*file.parts}
     return module == '__main__' or not installed
+
+def _file_of(module):
+    "Where a module's code is, whether it is loaded or not"
+    if module in sys.modules: return getattr(sys.modules[module], '__file__', None)
+    with suppress(ImportError, ValueError): return getattr(find_spec((module or '').split('.')[0]), 'origin', None)
 
 # %% ../nbs/04_description.ipynb #ee39533a
 def _codes(code): return [code, *(inner for o in code.co_consts if isinstance(o, CodeType) for inner in _codes(o))]
@@ -44,16 +52,27 @@ def _instructions(func):
     return [([getattr(code, name) for name in facts], [o for o in code.co_consts if not isinstance(o, CodeType) and o != func.__doc__])
         for code in _codes(func.__code__)]
 
-_OUTSIDE = 'LOAD_GLOBAL', 'LOAD_NAME', 'LOAD_FROM_DICT_OR_GLOBALS', 'IMPORT_NAME'
+_OUTSIDE = 'LOAD_GLOBAL', 'LOAD_NAME', 'LOAD_FROM_DICT_OR_GLOBALS'
 
 def _named(func):
     "What a function names that stands outside of it, by name; attributes of other things may be called the same"
     names = sorted({name for code in _codes(func.__code__) for name in code.co_names})
     outside = {(o.opname, o.argval) for code in _codes(func.__code__) for o in dis.get_instructions(code) if o.opname in _OUTSIDE}
-    found = {name: (sys.modules if kind == 'IMPORT_NAME' else func.__globals__).get(name) for kind, name in sorted(outside)}
+    found = {name: func.__globals__.get(name) for _, name in sorted(outside)} | dict(_imported(func))
     return {name: _of_module(o, names) if isinstance(o, ModuleType) else o for name, o in found.items() if o is not None}
 
 # %% ../nbs/04_description.ipynb #b689a1a4
+def _imported(func):
+    "Modules that a function imports itself, by name; one of the user's is imported here, for it holds code that will run"
+    for code in _codes(func.__code__):
+        said = [*dis.get_instructions(code)]
+        for level, o in zip(said, said[2:]): # a level of 2 is `from ..name import`
+            if o.opname != 'IMPORT_NAME': continue
+            name = '.'*(level.argval or 0) + o.argval
+            with suppress(ImportError, ValueError):
+                full = resolve_name(name, func.__globals__.get('__package__') or '')
+                if full in sys.modules or is_own(full): yield name, import_module(full)
+
 def _of_module(module, names, depth=4):
     "What is named of a module of the user's, and of those within it; of another one its name"
     if not is_own(module.__name__) or not depth: return module.__name__
@@ -81,7 +100,8 @@ def _of_class(o):
 
 def _of_leaves(o):
     "Lists of numbers or names are settings; what else a class holds that can change, and what is still empty, may grow from run to run"
-    return isinstance(o, (list, set, dict)) and o and all(isinstance(v, _LEAVES) for v in (o.values() if isinstance(o, dict) else o))
+    return isinstance(o, (list, set, dict)) and o and all(isinstance(v, _LEAVES) or type(v) is list and _of_leaves(v)
+        for v in (o.values() if isinstance(o, dict) else o))
 
 # %% ../nbs/04_description.ipynb #ea2dc58e
 def _settings(o, state):
@@ -100,6 +120,7 @@ def _of_object(o):
     if isinstance(o, nn.Module):
         state = {name: value for name, value in state.items() if name not in vars(nn.Module())}
         state |= dict(parameters=o._parameters, buffers=o._buffers, modules=o._modules)
+        state |= dict(learns=[p.requires_grad for p in o._parameters.values() if p is not None])
     return type(o), state
 
 # %% ../nbs/04_description.ipynb #9960f5e3
@@ -113,7 +134,8 @@ def _of_data(o):
     if isinstance(o, DataLoaders): return [*o.loaders]
     try: size = len(o)
     except TypeError: size = None # a stream
-    names = 'bs', 'batch_size', 'shuffle', 'drop_last', 'after_item', 'before_batch', 'after_batch', 'transform', 'target_transform'
+    names = 'bs', 'batch_size', 'shuffle', 'drop_last', 'after_item', 'before_batch', 'after_batch', 'transform', 'target_transform', \
+        'wgts', 'collate_fn'
     data = getattr(o, 'dataset', None)
     return type(o), size, [getattr(o, name, None) for name in names], data if isinstance(data, Dataset) else \
         [part.tfms for part in getattr(data, 'tls', ())]
@@ -123,7 +145,7 @@ def _shows(o):
     "Whether an object is described by its attributes"
     known = (nn.Module, Callback, Metric, Transform, torch.distributions.Distribution)
     return is_own(type(o).__module__) or hasattr(o, '__dataclass_fields__') or isinstance(o, known) or \
-        type(o).__module__.split('.')[0] in ('types', 'argparse', 'fastai')
+        type(o).__module__.split('.')[0] in ('types', 'argparse', 'fastai', 'torchvision')
 
 def _counts(o):
     "Whether attributes change while an object is used"
@@ -132,12 +154,12 @@ def _counts(o):
     return of_fastai or isinstance(o, (Callback, Metric, Transform))
 
 _PARTS = [ # what it is, and what it consists of
-    (Learner, lambda o: (unwrap_model(o),)),
+    (Learner, lambda o: (unwrap_model(o), o.loss_func, o.opt_func, o.lr, o.wd)),
     ((DataLoaders, DataLoader, Dataset, torch.utils.data.DataLoader), _of_data),
     (Pipeline, lambda o: [*o.fs]),
     (Function, lambda o: [method.implementation for method in o.methods]), # what fastai calls by types
     ((Tensor, np.ndarray), _of_array),
-    ((pd.DataFrame, pd.Series, pd.Index), lambda o: (pd.util.hash_pandas_object(o).to_numpy(),)),
+    ((pd.DataFrame, pd.Series, pd.Index), lambda o: (pd.util.hash_pandas_object(o).to_numpy(), [*map(str, getattr(o, 'columns', ()))])),
     (functools.partial, lambda o: (o.func, o.args, o.keywords)),
     (partialmethod, lambda o: (o.func, o.args, o.keywords)),
     (property, lambda o: (o.fget, o.fset)),
@@ -150,9 +172,10 @@ _PARTS = [ # what it is, and what it consists of
 # %% ../nbs/04_description.ipynb #38bba66d
 def _parts(o):
     "What `o` consists of"
+    if isinstance(o, nn.Module) and (model := unwrap_model(o)) is not o: return [model] # a compiled one has a number of its own
     for kind, parts in _PARTS:
         if isinstance(o, kind): return parts(o)
-    if hasattr(o, 'given') and not isinstance(o, nn.Module): return type(o), o.given() # a teacher
+    if callable(getattr(o, 'given', None)) and not isinstance(o, nn.Module): return type(o), o.given() # a teacher
     if isinstance(o, (dict, MappingProxyType)): return [*o.items()]
     if isinstance(o, (set, frozenset)): return sorted(map(description, o))
     if isinstance(o, (list, tuple, deque, L)): return [*o]

@@ -40,6 +40,12 @@ def _apart():
     "No gradients, no autocast, and no random numbers that a training would miss"
     with torch.no_grad(), torch.autocast('cpu', enabled=False), no_random(reproducible=False): yield
 
+# %% ../nbs/43_export.ipynb #1fd7ec42
+def _by_key(xb):
+    "Inputs with dicts in the order of their keys, so that a file knows them however they are written"
+    if type(xb) is dict: return {key: _by_key(xb[key]) for key in sorted(xb, key=str)}
+    return type(xb)(map(_by_key, xb)) if type(xb) in (list, tuple) else xb
+
 # %% ../nbs/43_export.ipynb #2ed5a188
 def _inputs(learn, dl=None):
     "Inputs of the first batch, nested as the model takes them"
@@ -51,7 +57,7 @@ def _inputs(learn, dl=None):
     with as_found([], dl): batch = next(iter(dl))
     xb = tuple(batch[:getattr(learn.dls, 'n_inp', max(1, len(batch) - 1))]) if isinstance(batch, (tuple, list)) else (batch,)
     if not _tensors(xb): raise ValueError('the validation batches have no input to trace the model with')
-    return tree_map_only(Tensor, lambda x: x.as_subclass(Tensor).cpu(), xb)
+    return tree_map_only(Tensor, lambda x: x.as_subclass(Tensor).cpu(), _by_key(xb))
 
 def _samples(xb, n): return tree_map_only(Tensor, lambda x: x[torch.arange(n) % len(x)], xb) # copies: a model may write to its input
 
@@ -85,7 +91,9 @@ def _check(exported, learn, logits, tolerance, dl):
         if said.shape != expected.shape:
             raise RuntimeError(f'for a batch of {n} the exported file returns {tuple(said.shape)}, and the model {tuple(expected.shape)}: '
                 'it was not kept')
-        scale, difference = max(1., expected.abs().max().item()), (said - expected).abs().max().item()
+        alike = said == expected # -inf in both, for a class that is ruled out
+        scale, difference = (o.masked_fill(alike, 0.).abs().max().item() for o in (expected, said - expected))
+        scale = max(1., scale)
         if not difference <= tolerance*scale: raise RuntimeError(f'for a batch of {n} the exported file differs from the model by '
             f'{difference:g}, more than {tolerance=:g} of {scale:g}: it was not kept')
 
@@ -135,7 +143,7 @@ class OnnxModel(nn.Module):
         *xb, # Inputs of the exported model, nested as it takes them
     ) -> Tensor: # Its prediction, on the device of the inputs
         "Predict"
-        session, xb = self.session(), _tensors(xb)
+        session, xb = self.session(), _tensors(_by_key(xb))
         values = {o.name: x.detach().as_subclass(Tensor).cpu().numpy() for o, x in zip(session.get_inputs(), xb, strict=True)}
         return torch.from_numpy(session.run(None, values)[0]).to(xb[0].device)
 
@@ -188,7 +196,7 @@ class _Batches:
     def get_next(self):
         batch = next(self.batches, None)
         if batch is None: return None
-        return {name: x.as_subclass(Tensor).cpu().numpy() for name, x in zip(self.names, _tensors(batch))}
+        return {name: x.as_subclass(Tensor).cpu().numpy() for name, x in zip(self.names, _tensors(_by_key(batch)))}
 
 @contextmanager
 def _quiet():

@@ -14,7 +14,7 @@ from functools import partial
 from numbers import Integral
 
 import pandas as pd, torch
-from fastai.basics import AvgLoss, Callback, Interpretation, Learner, apply, no_random
+from fastai.basics import AvgLoss, Callback, DataLoader, Interpretation, L, Learner, apply, no_random
 from fastai.callback.progress import ProgressCallback
 from fastai.metrics import accuracy
 from fastcore.basics import detuplify, listify, patch
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import SequentialSampler
 from .cache import CachedTeacher
 from .learners import class_names, from_learner
 from .losses.core import _tensors, as_classes, to_rows
 from .modules import evaluating, logits, unwrap_model
-from .shared import how_to_load, needed, one_loader
+from .shared import how_to_load, needed, one_loader, random_state_kept
 from .statistics import is_lower_better
 from .teachers import Frozen
 
@@ -146,7 +147,7 @@ def count(self:_Comparison, pred, answer, target, axis):
     self.sums = self.sums + tally(log_s, log_t, labels).cpu()
     for side, values in dict(student=log_s, teacher=log_t).items():
         if side not in self.calibration: self.calibration[side] = _calibration(values.shape[1])
-        self.calibration[side].update(values.exp().cpu(), labels.cpu())
+        self.calibration[side].update(values.exp().clamp(max=1 - 2**-24).cpu(), labels.cpu()) # torchmetrics gives 1 a bin of its own
 
 # %% ../nbs/41_report.ipynb #b7298bdd
 @contextmanager
@@ -155,14 +156,10 @@ def as_found(
     dl, # Loader that is run inside
 ):
     "Give modes, devices and random states back"
-    rng = vars(dl).get('rng') if hasattr(dl, '__dict__') else None
-    state, devices = rng and rng.getstate(), [(model, p.device) for model in models for p in list(model.parameters())[:1]]
+    devices = [(model, p.device) for model in models for p in list(model.parameters())[:1]]
     try:
-        with evaluating(*models), no_random(reproducible=False): yield
+        with evaluating(*models), no_random(reproducible=False), random_state_kept(dl): yield
     finally:
-        if rng is not None:
-            dl.rng = rng
-            rng.setstate(state)
         for model, device in devices: model.to(device)
 
 # %% ../nbs/41_report.ipynb #40f070e4
@@ -170,9 +167,9 @@ def as_found(
 def undisturbed(
     learn:Learner, # Any learner
 ):
-    "Have no bar, and give back what the learner, its metrics and its recorder hold"
+    "Have no bar, and give back what the learner, its metrics and its callbacks hold"
     recorder, bars = getattr(learn, 'recorder', None), [cb for cb in learn.cbs if isinstance(cb, ProgressCallback)]
-    owners = [learn, *learn.metrics, *bars, *([] if recorder is None else [recorder, recorder.loss, recorder.smooth_loss])]
+    owners = [learn, *learn.metrics, *learn.cbs, *([] if recorder is None else [recorder.loss, recorder.smooth_loss])]
     held = [(vars(owner), {**vars(owner)}) for owner in owners]
     try:
         for bar in bars: bar.run = False
@@ -349,7 +346,10 @@ class Report:
         kl:Tensor=None, # Divergence of each sample, `(n,)`, nats
         said:Tensor=None, # Label, student's and teacher's class of each sample, `(n, 3)`
         note:str='', # What is missing, and why
-    ): self.table, self.classes, self.learn, self.dl, self.kl, self.said, self.note = table, classes, learn, dl, kl, said, note
+        order:Tensor=None, # Position of each sample in the dataset, `(n,)`; None where the loader does not tell
+    ):
+        self.table, self.classes, self.learn, self.dl, self.kl, self.said, self.note = table, classes, learn, dl, kl, said, note
+        self.order = order
 
     def formatted(self): return self.table.map(_shown)
     def __repr__(self): return self.formatted().to_string() + (f'\n{self.note}' if self.note else '')
@@ -432,10 +432,17 @@ def _by_class(comparison, learn):
     shares.columns = 'student, %', 'teacher, %', 'agreement, %'
     return shares.assign(count=sums['count'].astype(int))[['count', *shares.columns]]
 
-def _in_order(values, dl):
+def _in_order(values, order):
     "By position in the dataset, where the loader came by all of them in another order"
-    order = torch.tensor([*map(int, getattr(dl, '_DataLoader__idxs', []))])
-    return values[order.argsort()] if torch.equal(order.sort()[0], torch.arange(len(values))) else values
+    if order is None or not torch.equal(order.sort()[0], torch.arange(len(values))): return values
+    return values[order.argsort()]
+
+def _positions(dl, n):
+    "Of `n` samples, in the order in which a loader gave them, the positions in its dataset; None where nobody knows"
+    if not isinstance(dl, (DataLoader, torch.utils.data.DataLoader)): return torch.arange(n)
+    drawn = getattr(dl, '_DataLoader__idxs', None)
+    if drawn is None: return torch.arange(n) if isinstance(getattr(dl, 'sampler', None), SequentialSampler) else None
+    return torch.tensor([*map(int, drawn)][:n]) if isinstance(drawn, (list, L, range)) and len(drawn) >= n else None
 
 # %% ../nbs/41_report.ipynb #b102cced
 def _as_learner(student, teacher):
@@ -498,8 +505,10 @@ def _made(comparison, costs, learn, dl):
     found = comparison.classes and len(comparison.kl) > 0
     note = '' if found else 'no agreement and no calibration: predictions here are not one class out of several'
     if comparison.unread: note += '; '*bool(note) + "nothing of the teacher's by loss and metrics: they read more than a prediction"
-    kl, said = (_in_order(torch.cat(o), dl) if found and o else None for o in (comparison.kl, comparison.said))
-    return Report(_table(_rows(comparison, costs)), _by_class(comparison, learn) if found else None, learn, dl, kl, said, note)
+    order = _positions(dl, len(torch.cat(comparison.kl))) if found else None
+    kl, said = (_in_order(torch.cat(o), order) if found and o else None for o in (comparison.kl, comparison.said))
+    if order is not None: order = _in_order(order, order)
+    return Report(_table(_rows(comparison, costs)), _by_class(comparison, learn) if found else None, learn, dl, kl, said, note, order)
 
 # %% ../nbs/41_report.ipynb #c97062c6
 @patch
@@ -536,10 +545,14 @@ def disagreements(self:Report,
     _whole('k', [k])
     if self.kl is None: raise ValueError(self.note)
     if self.said is None: raise ValueError('every sample has many labels here: `plot_disagreements` shows the samples')
-    values, index = self.kl.topk(min(k, len(self.kl)))
-    names = class_names(self.learn) or list(range(len(self.classes)))
+    if self.order is None: raise ValueError(_UNKNOWN)
+    counted = (self.said[:, 0] != ignored_label(self.learn.loss_func)).nonzero().flatten()
+    values, top = self.kl[counted].topk(min(k, len(counted)))
+    index, names = counted[top], class_names(self.learn) or list(range(len(self.classes)))
     said = [[names[i] for i in row] for row in self.said[index].tolist()]
-    return pd.DataFrame(said, columns=['label', 'student', 'teacher'], index=index.tolist()).assign(kl=values.numpy())
+    return pd.DataFrame(said, columns=['label', 'student', 'teacher'], index=self.order[index].tolist()).assign(kl=values.numpy())
+
+_UNKNOWN = 'this loader does not tell which samples of the dataset it gave: give a `dl` that does not shuffle'
 
 # %% ../nbs/41_report.ipynb #7be28ee6
 @patch
@@ -553,10 +566,11 @@ def plot_disagreements(self:Report,
     if self.kl is None: raise ValueError(self.note)
     if not hasattr(self.dl, 'show_batch') or len(self.kl) != len(self.dl.dataset):
         raise ValueError('fastai cannot show single samples of these loaders: `disagreements` names them')
-    models = [self.learn.model]
+    if self.order is None or not torch.equal(self.order, torch.arange(len(self.kl))): raise ValueError(_UNKNOWN)
+    models, before = [self.learn.model], plt.get_fignums()
     with as_found(models, self.dl), undisturbed(self.learn):
         Interpretation(self.learn, self.dl, self.kl).plot_top_losses(min(k, len(self.kl)), **kwargs)
-    if not plt.get_fignums() or 'Loss' not in plt.gcf().get_suptitle(): return # other data than images are shown as tables
+    if plt.get_fignums() == before or 'Loss' not in plt.gcf().get_suptitle(): return # other data than images are shown as tables
     plt.gcf().suptitle('Student / label / KL from the teacher / probability', weight='bold', size=14)
     if self.said is None: return
     for ax, (_, o) in zip(plt.gcf().axes, self.disagreements(k).iterrows()):

@@ -1,6 +1,6 @@
 "Comparisons: same start and batches for all, what a restart repeats, what is measured, and what is refused."
 import helpers, json, numpy as np, os, pytest, random, re, signal, subprocess, sys, time, torch, warnings
-from fastai.basics import Callback, DataLoaders, accuracy, error_rate, set_seed
+from fastai.basics import Callback, DataLoaders, Learner, accuracy, error_rate, set_seed
 from fastai.callback.tracker import SaveModelCallback
 from fastkd.all import *
 from fastkd.compare import ALONE, Arm, Comparison, compare, description, is_lower_better, sweep, train_once, weights_digest
@@ -94,7 +94,7 @@ def test_random_states_are_given_back():
 
 def test_a_model_that_is_trained_on_is_refused():
     model = convnet(4)
-    with pytest.raises(RuntimeError, match=r"'kd' failed with seed 0: it starts from other weights .* make a new model"):
+    with pytest.raises(RuntimeError, match=r"'kd' failed with seed 0: it starts from weights that another run has trained"):
         compare(lambda: learner(model), dict(kd=kd), fit, 2, progress=False)
 
 # ---- What is measured
@@ -527,3 +527,59 @@ def test_progress(capsys):
     compare(make, dict(kd=kd), fit, 2)
     said = capsys.readouterr().out
     assert 'seed 1:' in said and 'epoch' not in said.lower() # of two seeds and two set-ups, and not of the epochs of each run
+
+# ---- What else could differ between set-ups
+
+def dropping(): return learner(convnet(4, p=.3))
+
+def test_a_set_up_that_draws_numbers_leaves_dropout_alone():
+    def draws(): torch.rand(3)
+    values = compare(dropping, dict(draws=lambda: draws() or []), fit, 2, progress=False).values()
+    assert values['draws'].tolist() == values['alone'].tolist()
+
+def test_torch_loaders_shuffle_alike(watched):
+    "Without a generator of their own, in the second epoch as well, whatever the student draws"
+    def loaded(model):
+        from torch.utils.data import DataLoader
+        data = helpers.digits()[:100]
+        return Learner(DataLoaders(DataLoader(data, 25, shuffle=True), DataLoader(data, 25)), model, helpers.CrossEntropyLossFlat(),
+            metrics=accuracy)
+    two = lambda learn, cbs: learn.fit(2, 1e-2, cbs=cbs)
+    wide = dict(make_learner=lambda: loaded(convnet(6, p=.5)), cbs=Watch)
+    compare(lambda: loaded(convnet(4)), {ALONE: Watch, 'wide': wide}, two, 2, progress=False)
+    alone, other = watched[:2]
+    assert len(alone['batches']) == 8 and alone['batches'] == other['batches'] and alone['batches'][:4] != alone['batches'][4:]
+
+def test_validation_that_is_shuffled():
+    "Shared loaders of which one is for validation: equal set-ups are equal, and both have their random state back"
+    learn = make()
+    valid = learn.dls.train.new(shuffle=True, drop_last=True, bs=30)
+    dls = DataLoaders(learn.dls.train, valid)
+    before = [dl.rng.getstate() for dl in dls.loaders]
+    def shared(): return Learner(dls, helpers.seeded(convnet, 4), learn.loss_func, metrics=accuracy)
+    values = compare(shared, dict(same=None, more=None), fit, 2, progress=False).values()
+    assert values['same'].tolist() == values['more'].tolist() == values['alone'].tolist()
+    assert [dl.rng.getstate() for dl in dls.loaders] == before
+
+def test_of_two_metrics_of_one_name_the_first():
+    from fastai.metrics import F1Score
+    seen = []
+    def noting(learn, cbs):
+        learn.fit(1, 1e-2, cbs=cbs)
+        seen.append(float(learn.recorder.values[-1][2]))
+    run = train_once(Arm(lambda: learner(convnet(4), metrics=[F1Score(average='macro'), F1Score(average='micro')]), noting), 1)
+    assert run['value'] == seen[0] and run['metric'] == 'f1_score'
+
+def test_one_model_for_all_seeds():
+    model = helpers.seeded(convnet, 6)
+    with pytest.raises(RuntimeError, match="'kd' failed with seed 1: it starts from weights that another run has trained"):
+        quick(dict(kd=dict(make_learner=lambda: learner(model))))
+
+def test_what_is_missing_is_said_before_a_run(tmp_path):
+    def alone(): return Learner(DataLoaders(make().dls.train), convnet(4), helpers.CrossEntropyLossFlat(), metrics=accuracy)
+    with pytest.raises(RuntimeError, match='accuracy is measured on a validation set, and the learner has none'):
+        compare(alone, dict(kd=kd), fit, 2, progress=False)
+    with pytest.raises(ValueError, match='seeds are 0 or more, not -1'): quick(dict(kd=kd), seeds=[-1, 1])
+    quick(dict(kd=kd), path=tmp_path)
+    (tmp_path/'notes.json').write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match='notes.json, which is no run'): quick(dict(kd=kd), path=tmp_path)

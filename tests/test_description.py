@@ -1,6 +1,7 @@
 "Descriptions: what differs is told apart, what is the same is the same in every process, and nothing is too deep."
 import argparse, collections, dataclasses, enum, functools, helpers, numpy as np, os, pandas as pd, pytest, subprocess, sys, torch, types
-from fastai.basics import AccumMetric, AvgMetric, Callback, CrossEntropyLossFlat, L, LabelSmoothingCrossEntropyFlat, accuracy, error_rate
+from fastai.basics import AccumMetric, AvgMetric, Callback, CrossEntropyLossFlat, L, LabelSmoothingCrossEntropyFlat, SGD, accuracy, \
+    error_rate
 from fastai.callback.mixup import MixUp
 from fastai.callback.tracker import SaveModelCallback
 from fastai.data.block import CategoryBlock, DataBlock
@@ -252,3 +253,45 @@ def test_modules_of_the_user(tmp_path, monkeypatch):
     sys.dont_write_bytecode = True
     first, second = told(1), told(22)
     assert first == told(1) and [a == b for a, b in zip(first, second)] == [False, False]
+
+# ---- What makes a difference, and is easily overlooked
+
+def test_frozen_weights_and_other_losses():
+    model = convnet(4)
+    free = description(model)
+    model[0].requires_grad_(False)
+    assert description(model) != free
+    for name, value in dict(loss_func=LabelSmoothingCrossEntropyFlat(), opt_func=SGD, lr=.5, wd=.3).items():
+        one, other = (learner(model) for _ in range(2))
+        setattr(other, name, value)
+        assert description(one) != description(other), name
+
+def test_data_that_differ():
+    import torchvision.transforms as T
+    frames = [pd.DataFrame({name: [1, 2]}) for name in 'ab']
+    assert description(frames[0]) != description(frames[1])
+    assert description(np.array(['a.png'])) != description(np.array(['b.png']))
+    halved, doubled = (T.Compose([T.Lambda(f)]) for f in (lambda x: x/2, lambda x: x*2))
+    assert description(halved) != description(doubled)
+    assert description(torch.eye(3).to_sparse()) != description(2*torch.eye(3).to_sparse())
+    assert description(class_with(add, sizes=[[1, 2]])) != description(class_with(add, sizes=[[1, 3]]))
+
+def test_a_compiled_model_is_the_model():
+    model = nn.Linear(2, 2)
+    assert len({description(o) for o in (torch.compile(model), torch.compile(model))}) == 1
+
+@pytest.mark.parametrize('line', ['from mynet.parts import width', 'from .parts import width'])
+def test_imports_within_a_function(tmp_path, monkeypatch, line):
+    "What a function imports is described before it was ever called"
+    found = []
+    for width in (4, 8):
+        folder = tmp_path/str(width)
+        (folder/'mynet').mkdir(parents=True)
+        (folder/'mynet'/'__init__.py').write_text(f'def make():\n    {line}\n    return width()\n')
+        (folder/'mynet'/'parts.py').write_text(f'def width(): return {width}\n')
+        code = 'import mynet; from fastkd.description import description; told = lambda: print(description(mynet.make)); ' \
+            'told(); mynet.make(); told()'
+        env = {**os.environ, 'PYTHONPATH': f'{folder}{os.pathsep}{Path(__file__).parent.parent}'}
+        run = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], env=env, capture_output=True, text=True, check=True)
+        found.append(run.stdout.split())
+    assert found[0][0] == found[0][1] != found[1][0] == found[1][1]

@@ -131,6 +131,7 @@ def test_nested_inputs(tmp_path):
     copied = lambda: {name: x.clone() for name, x in fields.items()}
     expected = learn.model(copied())
     for model in (made, program): assert torch.allclose(model(copied()), expected, atol=1e-5)
+    for model in (made, program): assert torch.allclose(model({name: copied()[name] for name in 'ab'}), expected, atol=1e-5)
     small = quantize_onnx(made, tmp_path/'int8.onnx', learn.dls.train, limit=1)
     assert torch.allclose(small(fields), expected, atol=.2)
 
@@ -323,3 +324,15 @@ def test_a_picture_is_read_as_fastai_reads_it(tmp_path):
         exec(lines.replace("'swan.png'", f'{str(file)!r}'), found)
         expected = dls.test_dl([file]).one_batch()[0].numpy()
         assert found['pixels'].dtype == np.float32 and np.abs(found['pixels'] - expected).max() < 1e-4
+
+class RulesOut(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = convnet(4)
+
+    def forward(self, x): return self.model(x).masked_fill(torch.arange(10) == 3, -torch.inf)
+
+def test_a_class_that_is_ruled_out(tmp_path):
+    "-inf in both is no difference"
+    made = export_onnx(learner(RulesOut()), tmp_path/'student.onnx')
+    assert (made(torch.zeros(2, 1, 8, 8))[:, 3] == -torch.inf).all()

@@ -1,7 +1,7 @@
 "What a report says, against counts and formulas by hand, and that it leaves everything as it was."
 import copy, math, pytest, random, torch, torch.nn.functional as F
 from contextlib import nullcontext
-from fastai.basics import BCEWithLogitsLossFlat, CrossEntropyLossFlat, L, Learner, MSELossFlat, mae
+from fastai.basics import BCEWithLogitsLossFlat, Callback, CrossEntropyLossFlat, DataLoaders, L, Learner, MSELossFlat, mae
 from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.tracker import SaveModelCallback
 from fastai.metrics import accuracy
@@ -403,3 +403,54 @@ def test_activations_of_a_teacher_with_other_statistics():
 def test_no_sample_to_draw(n, n_samples):
     with pytest.raises(ValueError, match=f'nothing to show: n is at least 1, not {n}, and xb has {n_samples} sample'):
         plot_activations(convnet(4), convnet(4), torch.zeros(n_samples, 1, 8, 8), 'block1', 'block1', n=n)
+
+# ---- Samples by their place, and what is given back
+
+def test_positions_where_a_loader_drops_and_shuffles():
+    "The samples that are named are those of the dataset, and are not named where nobody knows"
+    data, teacher = digits()[:110], trained_teacher()
+    dls = DataLoaders.from_dsets(data, data, bs=25, num_workers=0, device='cpu')
+    learn = quiet(Learner(dls, seeded(convnet, 4), CrossEntropyLossFlat(), metrics=accuracy))
+    found = report(learn, teacher, dls.train, n_runs=0)
+    shown = found.disagreements(5)
+    assert [data[i][1].item() for i in shown.index] == shown['label'].tolist()
+    whole = report(learn, teacher, n_runs=0).disagreements(110)['kl']
+    assert shown['kl'].tolist() == pytest.approx(whole[shown.index].tolist(), rel=1e-4)
+    with pytest.raises(ValueError, match='fastai cannot show single samples'): found.plot_disagreements(2) # not all of them are there
+    theirs = torch.utils.data.DataLoader([*data], 25, shuffle=True, generator=(drawn := torch.Generator().manual_seed(1)))
+    before = drawn.get_state()
+    found = report(learn, teacher, theirs, n_runs=0)
+    assert drawn.get_state().equal(before)
+    with pytest.raises(ValueError, match='does not tell which samples'): found.disagreements(5)
+
+def test_ignored_labels_disagree_on_nothing():
+    data = [(x, y if i % 2 else torch.tensor(-100)) for i, (x, y) in enumerate(digits()[:20])]
+    learn = quiet(Learner(loaders(data, bs=10), seeded(convnet, 4), CrossEntropyLossFlat()))
+    assert len(report(learn, trained_teacher(), n_runs=0).disagreements(15)) == sum(len(y) for _, y in learn.dls.valid)/2
+
+def test_calibration_by_hand():
+    "Where confidence is exactly 1, too"
+    sure = torch.cat([torch.full((100,), .95), torch.ones(100)])
+    right = torch.cat([torch.ones(100), (torch.arange(100) < 90).float()]).bool()
+    pred, target = torch.stack([sure, 1 - sure], 1).log().clamp(min=-1e4), (~right).long()
+    same = nn.Linear(2, 2)
+    same.weight.data, same.bias.data = torch.eye(2), torch.zeros(2)
+    learn = quiet(Learner(loaders([*zip(pred, target)], bs=50), same, CrossEntropyLossFlat()))
+    dl = learn.dls.valid.new(dataset=[*zip(pred, target)])
+    found = report(learn, copy.deepcopy(same), dl, n_runs=0).table.loc['calibration error, %', 'student']
+    bins, by_hand = (sure*15).ceil(), 0.
+    for i in bins.unique():
+        inside = bins == i
+        by_hand += inside.float().mean().item()*abs(sure[inside].mean() - right[inside].float().mean()).item()
+    assert found == pytest.approx(100*by_hand, abs=1e-3)
+
+class Remembers(Callback):
+    def before_fit(self): self.losses = []
+    def after_batch(self): self.losses.append(self.loss.item())
+
+def test_callbacks_keep_what_they_hold():
+    learn = learner(convnet(4), cbs=Remembers())
+    learn.fit(1, 1e-2)
+    before = [*learn.remembers.losses]
+    report(learn, trained_teacher(), n_runs=0)
+    assert learn.remembers.losses == before != []
