@@ -252,6 +252,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fastkd.compare.Runs.keep': ('compare.html#runs.keep', 'fastkd/compare.py'),
                                 'fastkd.compare.Runs.train_all': ('compare.html#runs.train_all', 'fastkd/compare.py'),
                                 'fastkd.compare.ShuffleCallback': ('compare.html#shufflecallback', 'fastkd/compare.py'),
+                                'fastkd.compare.ShuffleCallback.__getstate__': ( 'compare.html#shufflecallback.__getstate__',
+                                                                                 'fastkd/compare.py'),
                                 'fastkd.compare.ShuffleCallback.__init__': ('compare.html#shufflecallback.__init__', 'fastkd/compare.py'),
                                 'fastkd.compare.ShuffleCallback.after_batch': ( 'compare.html#shufflecallback.after_batch',
                                                                                 'fastkd/compare.py'),

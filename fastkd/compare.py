@@ -80,6 +80,7 @@ class ShuffleCallback(Callback):
     def before_fit(self):
         for dl in self.learn.dls.loaders: self.begin(dl)
 
+    def __getstate__(self): return {**vars(self), 'begun': [], 'kept': ExitStack()} # a fit may export its learner
     def before_train(self): check_column(self.learn, self.metric)
     def after_batch(self): self.n += self.training
 
@@ -136,7 +137,7 @@ def give_back(self:ShuffleCallback):
 # %% ../nbs/40_compare.ipynb #2dafa67f
 def weights_digest(
     model:nn.Module, # Any model
-) -> str: # Differs where a parameter or a buffer does
+) -> str: # Differs where its `state_dict` does
     "A short name for all weights of a model"
     return content_digest(model.state_dict())
 
@@ -262,13 +263,13 @@ def train_all(self:Runs,
     return runs
 
 @patch
-def _train(self:Runs, name, *args):
+def _train(self:Runs, name, arm, seed, *known):
     "One run, or an error that says which"
-    try: return train_once(*args)
+    try: return train_once(arm, seed, *known)
     except Exception as e:
         kept = 'give a path= and they are kept' if self.path is None else f'they are kept in {self.path}, and the next call goes on'
         finished = f'. {len(self.found)} runs were finished: {kept}' if self.found else ''
-        raise RuntimeError(f"'{name}' failed with seed {args[1]}: {e}{finished}") from e
+        raise RuntimeError(f"'{name}' failed with seed {seed}: {e}{finished}") from e
     finally:
         if torch.cuda.is_available(): gc.collect() # learners and callbacks refer to each other, and keep what is on the GPU
 

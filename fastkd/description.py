@@ -57,8 +57,8 @@ _OUTSIDE = 'LOAD_GLOBAL', 'LOAD_NAME', 'LOAD_FROM_DICT_OR_GLOBALS'
 def _named(func):
     "What a function names that stands outside of it, by name; attributes of other things may be called the same"
     names = sorted({name for code in _codes(func.__code__) for name in code.co_names})
-    outside = {(o.opname, o.argval) for code in _codes(func.__code__) for o in dis.get_instructions(code) if o.opname in _OUTSIDE}
-    found = {name: func.__globals__.get(name) for _, name in sorted(outside)} | dict(_imported(func))
+    outside = {o.argval for code in _codes(func.__code__) for o in dis.get_instructions(code) if o.opname in _OUTSIDE}
+    found = {name: func.__globals__.get(name) for name in sorted(outside)} | dict(_imported(func))
     return {name: _of_module(o, names) if isinstance(o, ModuleType) else o for name, o in found.items() if o is not None}
 
 # %% ../nbs/04_description.ipynb #b689a1a4

@@ -433,9 +433,8 @@ def _by_class(comparison, learn):
     return shares.assign(count=sums['count'].astype(int))[['count', *shares.columns]]
 
 def _in_order(values, order):
-    "By position in the dataset, where the loader came by all of them in another order"
-    if order is None or not torch.equal(order.sort()[0], torch.arange(len(values))): return values
-    return values[order.argsort()]
+    "By position in the dataset, where that is known"
+    return values if order is None else values[order.argsort(stable=True)]
 
 def _positions(dl, n):
     "Of `n` samples, in the order in which a loader gave them, the positions in its dataset; None where nobody knows"
@@ -507,7 +506,7 @@ def _made(comparison, costs, learn, dl):
     if comparison.unread: note += '; '*bool(note) + "nothing of the teacher's by loss and metrics: they read more than a prediction"
     order = _positions(dl, len(torch.cat(comparison.kl))) if found else None
     kl, said = (_in_order(torch.cat(o), order) if found and o else None for o in (comparison.kl, comparison.said))
-    if order is not None: order = _in_order(order, order)
+    order = None if order is None else order.sort()[0]
     return Report(_table(_rows(comparison, costs)), _by_class(comparison, learn) if found else None, learn, dl, kl, said, note, order)
 
 # %% ../nbs/41_report.ipynb #c97062c6
@@ -541,7 +540,7 @@ def plot(self:Report,
 def disagreements(self:Report,
     k:int=9, # How many samples, at least 1
 ) -> pd.DataFrame: # Position in the dataset, label, what both say, and the divergence in nats
-    "The samples on which student and teacher are furthest apart"
+    "The samples on which student and teacher are furthest apart; a ValueError where the loader does not tell which ones it gave"
     _whole('k', [k])
     if self.kl is None: raise ValueError(self.note)
     if self.said is None: raise ValueError('every sample has many labels here: `plot_disagreements` shows the samples')

@@ -56,8 +56,8 @@ LOWER  = set('''loss error perplexity mae mse rmse msle rmspe mape kl nll ece br
     parameters bytes macs latency'''.split())
 HIGHER = set('''acc accuracy f1 fbeta precision recall auc dice jaccard iou kappa corrcoef pearsonr spearmanr bleu
     r2 explained agreement throughput'''.split())
-TURNED = {'neg', 'negative', 'minus', 'inverse', 'skill', 'free', 'reduction', 'gap', 'drop'}
 # these make the opposite of what follows or went before
+TURNED = {'neg', 'negative', 'minus', 'inverse', 'skill', 'free', 'reduction', 'gap', 'drop'}
 
 def is_lower_better(
     metric:str, # Name of a metric, as fastai's recorder shows it

@@ -1,5 +1,5 @@
 "Comparisons: same start and batches for all, what a restart repeats, what is measured, and what is refused."
-import helpers, json, numpy as np, os, pytest, random, re, signal, subprocess, sys, time, torch, warnings
+import helpers, json, numpy as np, os, pickle, pytest, random, re, signal, subprocess, sys, time, torch, warnings
 from fastai.basics import Callback, DataLoaders, Learner, accuracy, error_rate, set_seed
 from fastai.callback.tracker import SaveModelCallback
 from fastkd.all import *
@@ -583,3 +583,10 @@ def test_what_is_missing_is_said_before_a_run(tmp_path):
     quick(dict(kd=kd), path=tmp_path)
     (tmp_path/'notes.json').write_text('{"mine": 1}')
     with pytest.raises(ValueError, match='notes.json, which is no run'): quick(dict(kd=kd), path=tmp_path)
+
+def test_a_fit_may_export_its_learner():
+    "What a run has noted of loaders is no part of it, and cannot be pickled"
+    kept = []
+    def export(learn): kept.append(pickle.loads(pickle.dumps({**learn.shuffle.__getstate__(), '_learn': None, 'learn': None})))
+    train_once(Arm(make, lambda learn, cbs: learn.fit(1, 1e-2, cbs=[*cbs, At('after_epoch', export)])), 1)
+    assert kept[0]['n'] > 0 and kept[0]['begun'] == []

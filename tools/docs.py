@@ -21,7 +21,7 @@ _re_directive = re.compile(r'^#\|\s*([\w-]+):?\s*(.*)\n?', re.MULTILINE)
 _re_attrs     = re.compile(r'(\]\([^)]*\))\{[^}]*\}')
 _re_source    = re.compile(r'^\[source\]\(.*\n+', re.MULTILINE)
 _re_link      = re.compile(r'(?<=\]\()([^)\s#]+)')
-_re_object   = re.compile(r'__main__\.|<function (\w+) at 0x\w+>') # how Python prints what a notebook defines
+_re_object    = re.compile(r'__main__\.|<function (\w+) at 0x\w+>') # how Python prints what a notebook defines
 _re_within    = re.compile(r'\[([^][]*)\[(`[^`]+`)\]\([^)]*\)([^][]*)\](?=\()')
 
 def page_names():

@@ -367,7 +367,7 @@ D, WHAT = 'description.py', 'test_description.py::'
 KNOWN = [ # what an experiment was made of, and which candidate was best
     Mutant('sets are described in their order', D, 'return sorted(map(description, o))', 'return [*map(description, o)]',
         f'{WHAT}test_processes'),
-    Mutant('inner functions are not seen', D, 'o.argval) for code in _codes(func.__code__)', 'o.argval) for code in [func.__code__]',
+    Mutant('inner functions are not seen', D, 'o.argval for code in _codes(func.__code__)', 'o.argval for code in [func.__code__]',
         'test_compare.py::test_description_of_what_is_named'),
     Mutant('defaults are not described', D, 'o.__defaults__, o.__kwdefaults__', 'None, None', f'{WHAT}test_differences[defaults]'),
     Mutant('bases and members of classes are not described', D, "    return o.__bases__, {", "    return o.__qualname__, not {",
