@@ -1280,7 +1280,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'fastkd.statistics.in_words': ('statistics.html#in_words', 'fastkd/statistics.py'),
                                    'fastkd.statistics.is_lower_better': ('statistics.html#is_lower_better', 'fastkd/statistics.py'),
                                    'fastkd.statistics.mean_interval': ('statistics.html#mean_interval', 'fastkd/statistics.py'),
-                                   'fastkd.statistics.of_report': ('statistics.html#of_report', 'fastkd/statistics.py'),
                                    'fastkd.statistics.paired_interval': ('statistics.html#paired_interval', 'fastkd/statistics.py')},
             'fastkd.stored': { 'fastkd.stored.StoredTeacher': ('stored.html#storedteacher', 'fastkd/stored.py'),
                                'fastkd.stored.StoredTeacher.__init__': ('stored.html#storedteacher.__init__', 'fastkd/stored.py'),

@@ -24,7 +24,7 @@ from fastprogress.fastprogress import master_bar, progress_bar
 from torch import nn
 from .description import description
 from .shared import content_digest, loader_behind, random_state_kept, whole_file
-from .statistics import holm, in_words, is_lower_better, mean_interval, of_report, paired_interval
+from .statistics import holm, in_words, is_lower_better, mean_interval, paired_interval
 
 # %% ../nbs/40_compare.ipynb #8513b673
 @dataclass(frozen=True)
@@ -429,7 +429,6 @@ def compare(
     xlabel:str='', # What the labels are
 ) -> Comparison:
     "Train a baseline and other set-ups on the same seeds, for as long, and say which differences are more than noise"
-    for name in ('scipy.stats', 'statsmodels.stats.multitest'): of_report(name)
     if callable(metric) and not _takes(metric, 1):
         raise TypeError(f'metric is the name of a column, or a function of the trained learner, not {metric!r:.80}: '
             'metric=lambda learn: learn.validate()[1]')

@@ -517,12 +517,6 @@ def test_other_errors():
 def test_a_fit_that_forgets_its_callbacks():
     with pytest.raises(RuntimeError, match='let fit pass them on'): quick(dict(kd=kd), fit=lambda learn, cbs: learn.fit(1))
 
-def test_reports_are_an_extra(monkeypatch):
-    "Said before any training"
-    def missing(name): raise ImportError(name)
-    monkeypatch.setattr('fastkd.shared.import_module', missing)
-    with pytest.raises(ImportError, match=r'pip install "fastkd\[report\]"'): compare(None, dict(kd=kd), None)
-
 def test_progress(capsys):
     compare(make, dict(kd=kd), fit, 2)
     said = capsys.readouterr().out
