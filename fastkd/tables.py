@@ -25,6 +25,7 @@ class TableCoding:
         to:Tabular, # A table that is set up, such as `dls.train_ds`
     ):
         self.cats, self.conts, self.with_cont = list(to.cat_names), list(to.cont_names) if to.with_cont else [], to.with_cont
+        self.targets = list(to.y_names)
         self.classes = {} # column -> names in the order of their codes
         self.scales = {name: (0., 1.) for name in self.conts} # column -> mean and standard deviation
         self.fills, self.flags = {}, {} # column -> coded value that stands for a missing one; column `a_na` -> `a`
