@@ -192,9 +192,8 @@ class TableTranslation(nn.Module):
         self.sources = [name for name, _ in cats], [name for name, _ in conts]
         self.cats, self.conts = (nn.ModuleList([module for _, module in o]) for o in (cats, conts))
         self.flags = {of: (flag, _code_of(student.classes[flag], True)) for flag, of in student.flags.items()}
-        seen = ((name, student.classes[name], module) for name, (source, module) in zip(teacher.cats, cats) if name == source)
-        self.unseen = {name: [o for o, code in zip(names[1:], module.values.tolist()[1:]) if code == 0]
-            for name, names, module in seen if isinstance(module, Listed) and name in teacher.classes}
+        self.unseen = {name: _unseen(student.classes[name], module) for name, (source, module) in zip(teacher.cats, cats)
+            if name == source and name in student.classes and name in teacher.classes}
 
     def forward(self, cats, conts=None, *others):
         if self.here.device != cats.device: self.to(cats.device)
@@ -210,6 +209,8 @@ class TableTranslation(nn.Module):
         flag, code = self.flags[name]
         return columns[flag] == code
 
+def _unseen(names, module): return [name for name, code in zip(names[1:], module.values.tolist()[1:]) if code == 0]
+
 # %% ../nbs/21_tables.ipynb #25199d60
 @patch
 def changes(self:TableTranslation,
@@ -222,15 +223,12 @@ def changes(self:TableTranslation,
     return [name for name, module in sources if module.changes(student.fills.get(name))]
 
 # %% ../nbs/21_tables.ipynb #cb33444b
-def _check_custom(student, teacher, changes):
-    "Raise a ValueError where a proc of one's own stands in the way"
+def _custom(student, teacher):
+    "A proc of one's own that only one of two tables has, or that stands behind others; None where there is none"
     procs = student.custom, teacher.custom
     alike = len({*map(len, procs)}) == 1 and all(map(_is_alike, *procs))
-    first = all(coding.n_first == len(coding.custom) for coding in (student, teacher))
-    if alike and (first or not changes): return
-    name = next(type(proc).__name__ for procs in procs for proc in procs)
-    raise ValueError(f"the procs of a table cannot be translated beside {name}: give both learners the same procs and let them learn from the "
-        'same table' + _ELSE)
+    first = alike and all(coding.n_first == len(coding.custom) for coding in (student, teacher))
+    return alike, None if first else next((type(proc).__name__ for o in procs for proc in o), None)
 
 def _is_alike(a, b): return a is b or description([type(a), vars(a)]) == description([type(b), vars(b)])
 
@@ -246,7 +244,10 @@ def table_translation(
     teacher:TableCoding, # How the teacher's were
 ): # A `TableTranslation`, and the names of columns that it changes; None and none where both are coded alike
     "From the student's table to the teacher's; a ValueError where one cannot be had from the other"
-    made = TableTranslation(student, teacher)
-    changes = made.changes(student, teacher)
-    if student.custom or teacher.custom: _check_custom(student, teacher, changes)
+    alike, custom = _custom(student, teacher)
+    made = TableTranslation(student, teacher) if alike else None
+    changes = made and made.changes(student, teacher)
+    if custom and (not alike or changes):
+        raise ValueError(f"the procs of a table cannot be translated beside {custom}: give both learners the same procs and let them learn from "
+            'the same table' + _ELSE)
     return (made, changes) if changes else (None, [])
