@@ -82,6 +82,7 @@ class Whole(Scaled):
     "Whole numbers that stand for themselves"
     def forward(self, x, missing): return super().forward(x, missing).round().long()
 
+# %% ../nbs/21_tables.ipynb #cecf8a17
 class Told(nn.Module):
     "A code for missing values, and one for all others"
     def __init__(self, yes, no):
@@ -92,7 +93,7 @@ class Told(nn.Module):
 
     def changes(self, filled): return True
 
-# %% ../nbs/21_tables.ipynb #cecf8a17
+# %% ../nbs/21_tables.ipynb #8330550f
 class Nearest(nn.Module):
     "Numbers as categories: the code of the category that a number is, 0 where it is none"
     def __init__(self,
@@ -110,7 +111,7 @@ class Nearest(nn.Module):
 
     def changes(self, filled): return True
 
-# %% ../nbs/21_tables.ipynb #2eff2f12
+# %% ../nbs/21_tables.ipynb #870d6796
 _ELSE = ', or pass `teacher_input`, which makes the input of the teacher from that of the student'
 
 def name_codes(
@@ -128,7 +129,7 @@ def name_codes(
             'give both tables values of one type' + _ELSE)
     return [0]*first + codes.tolist()
 
-# %% ../nbs/21_tables.ipynb #3c6e3096
+# %% ../nbs/21_tables.ipynb #00d0722d
 def _as_numbers(names, column):
     "Categories that are numbers, without the missing one"
     if others := [name for name in names[1:] if not isinstance(name, (Number, np.bool_))]:
@@ -156,7 +157,7 @@ def category_source(
     if not known: return name, Whole(std, mean, 0.)
     return name, Nearest((_as_numbers(known, name) - mean)/std)
 
-# %% ../nbs/21_tables.ipynb #039d74ed
+# %% ../nbs/21_tables.ipynb #eeca8c28
 def number_source(
     student:TableCoding, # What is there
     teacher:TableCoding, # What is wanted
@@ -165,17 +166,18 @@ def number_source(
     "Where the values of a column come from"
     (mean, std), fill, filled = teacher.scales[name], teacher.fills.get(name, np.nan), student.fills.get(name)
     if np.isnan(fill) and (filled is not None or name in student.has_na):
-        raise ValueError(f"values are missing in column '{name}' of the student's table, and the teacher never learned what to fill in: fill "
-            'them in before the tables are made' + _ELSE)
+        raise ValueError(f"values are missing in column '{name}' of the student's table, and the teacher never learned what to fill in: "
+            'fill them in before the tables are made' + _ELSE)
     if name in student.classes: return name, Listed([fill, *((_as_numbers(student.classes[name], name) - mean)/std)])
     mean_s, std_s = student.scales[name]
     scale, shift = std_s/std, (mean_s - mean)/std
     is_told = filled is None or name in student.flags.values()
     if not is_told and (name in teacher.flags.values() or not np.isclose(filled*scale + shift, fill)):
-        raise ValueError(f"the student's table does not tell which values of column '{name}' were missing: use FillMissing(add_col=True)" + _ELSE)
+        raise ValueError(f"the student's table does not tell which values of column '{name}' were missing: use FillMissing(add_col=True)"
+            + _ELSE)
     return name, Scaled(scale, shift, fill)
 
-# %% ../nbs/21_tables.ipynb #95da5109
+# %% ../nbs/21_tables.ipynb #11bb55f8
 class TableTranslation(nn.Module):
     "A batch `(cats, conts)` in the student's coding becomes one in the teacher's"
     def __init__(self,
@@ -186,7 +188,8 @@ class TableTranslation(nn.Module):
         self.register_buffer('here', torch.empty(0)) # moves with the others
         self.columns, self.has_conts = student.cats + student.conts, teacher.with_cont
         lacking = [name for name in teacher.cats + teacher.conts if name not in self.columns and name not in teacher.flags]
-        if lacking: raise ValueError(f"the teacher needs column {', '.join(map(repr, lacking))}, which the student's table lacks: add it" + _ELSE)
+        if lacking:
+            raise ValueError(f"the teacher needs column {', '.join(map(repr, lacking))}, which the student's table lacks: add it" + _ELSE)
         cats = [category_source(student, teacher, name) for name in teacher.cats]
         conts = [number_source(student, teacher, name) for name in teacher.conts]
         self.sources = [name for name, _ in cats], [name for name, _ in conts]
@@ -211,7 +214,7 @@ class TableTranslation(nn.Module):
 
 def _unseen(names, module): return [name for name, code in zip(names[1:], module.values.tolist()[1:]) if code == 0]
 
-# %% ../nbs/21_tables.ipynb #25199d60
+# %% ../nbs/21_tables.ipynb #c056855f
 @patch
 def changes(self:TableTranslation,
     student:TableCoding, # That of the batches
@@ -222,7 +225,7 @@ def changes(self:TableTranslation,
     sources = [*zip(teacher.cats + teacher.conts, [*self.cats, *self.conts])]
     return [name for name, module in sources if module.changes(student.fills.get(name))]
 
-# %% ../nbs/21_tables.ipynb #cb33444b
+# %% ../nbs/21_tables.ipynb #3b74e9fb
 def _custom(student, teacher):
     "A proc of one's own that only one of two tables has, or that stands behind others; None where there is none"
     procs = student.custom, teacher.custom
@@ -232,6 +235,7 @@ def _custom(student, teacher):
 
 def _is_alike(a, b): return a is b or description([type(a), vars(a)]) == description([type(b), vars(b)])
 
+# %% ../nbs/21_tables.ipynb #3b91e572
 def table_coding(
     learn, # A `Learner`, one from `load_learner` too
 ): # A `TableCoding`; None where the data are no fastai table
@@ -248,6 +252,6 @@ def table_translation(
     made = TableTranslation(student, teacher) if alike else None
     changes = made and made.changes(student, teacher)
     if custom and (not alike or changes):
-        raise ValueError(f"the procs of a table cannot be translated beside {custom}: give both learners the same procs and let them learn from "
-            'the same table' + _ELSE)
+        raise ValueError(f"the procs of a table cannot be translated beside {custom}: give both learners the same procs and let them learn "
+            'from the same table' + _ELSE)
     return (made, changes) if changes else (None, [])

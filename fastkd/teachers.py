@@ -70,7 +70,8 @@ class Frozen(Teacher):
     def settings(self): return self.logits, self.dtype
     def reorders(self, layer):
         if not self.is_reordered: return False
-        return self.heads is None or '.' in layer or get_module_by_name(self.module, layer) is not None # outputs come in the student's order
+        is_field = '.' not in layer and get_module_by_name(self.module, layer) is None
+        return self.heads is None or not is_field # `heads` sees to outputs
 
     def outputs(self,
         xb:tuple, # The batch as the student sees it

@@ -194,8 +194,8 @@ def test_one_coding_says_nothing():
     teacher = table(df)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        for student in table(df), quiet(tabular_learner(teacher.dls, layers=[4])):
-            assert as_teacher(teacher, student).inputs is None
+        assert as_teacher(teacher, table(df)).inputs is None
+        assert as_teacher(teacher, quiet(tabular_learner(teacher.dls, layers=[4]))).inputs is None
 
 def numbers_as_text(df): return df.assign(floor=df.floor.astype(str))
 
@@ -414,6 +414,18 @@ def test_words_that_one_of_them_lacks():
         warnings.simplefilter('error')
         teacher = text_learner()
         assert as_teacher(teacher, text_learner(['a big cat'], vocab=teacher.dls.tls[0].vocab)).inputs is None # what the page recommends
+
+def test_padding():
+    "By the teacher's number; on the side where the student has it, and that is told"
+    teacher, student = text_learner(), text_learner(['a cat', 'the cow ran far'])
+    for learn, number in (teacher, 5), (student, 6):
+        for dl in learn.dls.loaders: dl.before_batch.fs[0].pad_idx = number
+    x = student.dls.train.one_batch()[0]
+    with pytest.warns(UserWarning, match='counts words'): found = as_teacher(teacher, student).seen((x,))[0]
+    assert torch.equal(found == 5, x == 6) and (x == 6).any() and words_of(found[x != 6][None], teacher) == words_of(x[x != 6][None], student)
+    with pytest.warns(UserWarning, match='counts words'): assert as_teacher(teacher, text_learner()).seen((torch.arange(12)[None],))[0][0, 1] == 5
+    teacher.dls.train.before_batch.fs[0].pad_first = False
+    with pytest.warns(UserWarning, match=r'at the beginning and the teacher.*were at the end: .*pad_first=False'): as_teacher(teacher, text_learner())
 
 @pytest.mark.parametrize('settings,said', [(dict(rules=[]), r"rules: \['lower'\] and \[\]"), (dict(rules=[str.upper]), 'rules: '),
     (dict(tok=BaseTokenizer('-')), "settings: {'split_char': ' '} and {'split_char': '-'}"), (dict(backwards=True), "direction: 'forwards' and 'backwards'"),
