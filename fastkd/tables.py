@@ -105,7 +105,7 @@ class Nearest(nn.Module):
         self.register_buffer('codes', order + 1)
 
     def forward(self, x, missing):
-        i = torch.bucketize(x.float(), (self.values[1:] + self.values[:-1])/2)
+        i = torch.bucketize(x.float().contiguous(), (self.values[1:] + self.values[:-1])/2)
         is_category = (x - self.values[i]).abs() <= 4e-6*(1 + x.abs()) # what single precision leaves of a number that was scaled
         return self.codes[i].where(is_category & ~missing, 0)
 

@@ -15,8 +15,8 @@ from helpers import At, error_of, quiet
 from torch import nn
 
 KD = KnowledgeDistillationCallback
-pytestmark = pytest.mark.filterwarnings("ignore:the teacher's table is coded otherwise", "ignore:the teacher's classes are in another order",
-    'ignore:the teacher is right on')
+pytestmark = pytest.mark.filterwarnings("ignore:the teacher's table is coded otherwise", 'ignore:the teacher is right on',
+    "ignore:the teacher's classes are in another order")
 
 @pytest.fixture(autouse=True)
 def contiguous(monkeypatch):
@@ -78,17 +78,21 @@ def test_a_part_of_the_table(name):
     df = houses()
     agree(table(df), table(STUDENTS[name](df)), df)
 
-@pytest.mark.parametrize('cats,conts', [(CATS[::-1], CONTS[::-1]), (CATS[2:] + CATS[:2], CONTS), (CATS + ['extra'], ['more'] + CONTS)], ids=str)
+COLUMNS = [(CATS[::-1], CONTS[::-1]), (CATS[2:] + CATS[:2], CONTS), (CATS + ['extra'], ['more'] + CONTS)]
+
+@pytest.mark.parametrize('cats,conts', COLUMNS, ids=str)
 def test_order_and_presence(cats, conts):
     "Columns by name; what the teacher does not need is left out"
     df = houses()
     df['extra'], df['more'] = df.floor % 2, df.year/7
     agree(table(df), table(df, cats=cats, conts=conts), df)
 
-@pytest.mark.parametrize('procs_s,procs_t', [((Categorify, FillMissing), PROCS), (PROCS, (Categorify, FillMissing)), ((FillMissing, Normalize, Categorify), PROCS),
-    (PROCS, (Categorify, FillMissing(fill_strategy=core.FillStrategy.constant, fill_vals={'size': -7.}), Normalize)),
-    (PROCS, (Categorify, FillMissing(add_col=False), Normalize)),
-    ((Categorify, FillMissing(core.FillStrategy.mode), Normalize), (Categorify, FillMissing(add_col=False)))], ids=str)
+CONSTANT = FillMissing(core.FillStrategy.constant, fill_vals={'size': -7.})
+OTHER_PROCS = [((Categorify, FillMissing), PROCS), (PROCS, (Categorify, FillMissing)), ((FillMissing, Normalize, Categorify), PROCS),
+    (PROCS, (Categorify, CONSTANT, Normalize)), (PROCS, (Categorify, FillMissing(add_col=False), Normalize)),
+    ((Categorify, FillMissing(core.FillStrategy.mode), Normalize), (Categorify, FillMissing(add_col=False)))]
+
+@pytest.mark.parametrize('procs_s,procs_t', OTHER_PROCS, ids=range(len(OTHER_PROCS)))
 def test_other_procs(procs_s, procs_t):
     df = houses()
     agree(table(df, procs_t), table(df[df.year > 1950], procs_s), df)
@@ -123,9 +127,11 @@ def test_filled_after_scaling():
     cats, conts = taught(flagged, student)
     assert cats[:, 0].tolist() == missing and conts[torch.tensor(missing), 0].unique().tolist() == pytest.approx([fill])
 
-@pytest.mark.parametrize('teacher,student', [((CATS + ['rooms'], ['size', 'year']), (CATS, CONTS)), ((CATS, CONTS), (CATS + ['rooms'], ['size', 'year'])),
+KINDS = [((CATS + ['rooms'], ['size', 'year']), (CATS, CONTS)), ((CATS, CONTS), (CATS + ['rooms'], ['size', 'year'])),
     ((CATS[:1], CONTS + ['floor']), (CATS, CONTS)), ((CATS + ['year'], ['size']), (CATS[:2], CONTS + ['garden', 'grade_'])),
-    ((CATS, CONTS), (CATS + ['year'], ['size', 'rooms']))], ids=str)
+    ((CATS, CONTS), (CATS + ['year'], ['size', 'rooms']))]
+
+@pytest.mark.parametrize('teacher,student', KINDS, ids=range(len(KINDS)))
 def test_categories_and_numbers(teacher, student):
     "A column that is a category for one and a number for the other"
     df = houses()
@@ -168,8 +174,10 @@ def test_after_loading(tmp_path):
     agree(load_learner(file), student, df)
     assert all(map(torch.equal, taught(load_learner(file), student), taught(teacher, student)))
 
-@pytest.mark.parametrize('teacher_of', [lambda o: o, lambda o: [o], lambda o: Ensemble([o, o]), CachedTeacher, lambda o: [CachedTeacher(o)]],
-    ids=['learner', 'list', 'Ensemble', 'CachedTeacher', 'nested'])
+WRAPPED = dict(learner=lambda o: o, list=lambda o: [o], Ensemble=lambda o: Ensemble([o, o]), CachedTeacher=CachedTeacher,
+    nested=lambda o: [CachedTeacher(o)])
+
+@pytest.mark.parametrize('teacher_of', WRAPPED.values(), ids=WRAPPED)
 def test_in_a_fit(teacher_of):
     "The teacher says what it says on its own, whatever it is wrapped in"
     df = houses()
@@ -182,7 +190,8 @@ def test_in_a_fit(teacher_of):
     def recorded(pred, teacher_pred):
         said.append(teacher_pred)
         return F.mse_loss(pred, teacher_pred)
-    student.fit(1, 1e-3, cbs=[KD(teacher_of(teacher), recorded), At('after_pred', lambda learn: learn.training and seen.append(learn.xb), nth=0)])
+    watch = At('after_pred', lambda learn: learn.training and seen.append(learn.xb), nth=0)
+    student.fit(1, 1e-3, cbs=[KD(teacher_of(teacher), recorded), watch])
     for xb, pred in zip(seen, said[-len(seen):]): # the first call is that of the probe
         right = torch.stack([expected[tuple(row)] for row in torch.cat(xb, 1).tolist()])
         assert torch.allclose(pred.softmax(1), right.softmax(1), atol=1e-5)
@@ -206,17 +215,19 @@ class Cents(TabularProc):
 
 class Other(Categorify): "Does the same, as far as anybody knows"
 
-REFUSED = dict(column=(lambda df: table(df), lambda df: table(df, conts=['size', 'year']), "needs column 'rooms', which"),
-    columns=(lambda df: table(df), lambda df: table(df, cats=['city'], conts=CONTS), "needs column 'floor', 'garden', 'grade', which"),
-    type=(lambda df: table(df), lambda df: table(numbers_as_text(df)), r"no category of the student's column 'floor', where '3' \(str\)"),
-    names=(lambda df: table(df, cats=CATS[:3], conts=CONTS), lambda df: table(df.assign(rooms=df.rooms.map(str)), cats=CATS + ['rooms'], conts=['size', 'year']),
-        "column 'rooms' holds categories in one table"),
-    number=(lambda df: table(df.assign(rooms=df.rooms.map(str)), cats=CATS + ['rooms'], conts=['size', 'year']), table, "and '1' is no number"),
-    unfilled=(lambda df: table(df.dropna()), table, "never learned what to fill in"),
-    untold=(table, lambda df: table(df, (Categorify, FillMissing(add_col=False), Normalize)), "which values of column 'size' were missing"),
-    custom=(lambda df: table(df, (Cents, *PROCS)), table, 'beside Cents'), custom_student=(table, lambda df: table(df, (Cents, *PROCS)), 'beside Cents'),
-    factor=(lambda df: table(df, (Cents(10), *PROCS)), lambda df: table(df, (Cents(100), *PROCS)), 'beside Cents'),
-    subclass=(lambda df: table(df), lambda df: table(df[df.year > 1950], (Other, FillMissing, Normalize)), 'beside Other'))
+def rooms_as_text(df): return table(df.assign(rooms=df.rooms.map(str)), cats=CATS + ['rooms'], conts=['size', 'year'])
+def with_cents(df): return table(df, (Cents, *PROCS))
+
+UNTOLD = Categorify, FillMissing(add_col=False), Normalize
+
+REFUSED = dict(column=(table, lambda df: table(df, conts=['size', 'year']), "needs column 'rooms', which"),
+    custom=(with_cents, table, 'beside Cents'), columns=(table, lambda df: table(df, cats=['city']), "'floor', 'garden', 'grade', which the"),
+    type=(table, lambda df: table(numbers_as_text(df)), r"no category of the student's column 'floor', where '3' \(str\)"),
+    names=(table, rooms_as_text, "column 'rooms' holds categories in one table"), number=(rooms_as_text, table, "and '1' is no number"),
+    unfilled=(lambda df: table(df.dropna()), table, 'never learned what to fill in'), custom_student=(table, with_cents, 'beside Cents'),
+    untold=(table, lambda df: table(df, UNTOLD), "values of column 'size' were missing"),
+    factor=(lambda df: table(df, (Cents(10), *PROCS)), with_cents, 'beside Cents'),
+    subclass=(table, lambda df: table(df[df.year > 1950], (Other, FillMissing, Normalize)), 'beside Other'))
 
 @pytest.mark.parametrize('name', REFUSED)
 def test_refused(name):
@@ -227,8 +238,10 @@ def test_refused(name):
     with pytest.raises(ValueError, match=said) as e: as_teacher(teacher, student)
     assert str(e.value).endswith('or pass `teacher_input`, which makes the input of the teacher from that of the student')
     assert error_of(ValueError, student, KD(teacher, SoftTarget)).endswith(str(e.value))
-    found = as_teacher(teacher, student, settings=(logits, lambda *xb: xb, None))
-    assert found.seen((torch.zeros(1, 4), torch.ones(1, 3)))[1].tolist() == [[1., 1., 1.]]
+    for own in teacher, [teacher]:
+        found = as_teacher(own, student, settings=(logits, lambda *xb: xb, None))
+        found = found.teachers[0] if isinstance(found, Ensemble) else found
+        assert found.seen((torch.zeros(1, 4), torch.ones(1, 3)))[1].tolist() == [[1., 1., 1.]]
 
 def test_procs_of_ones_own_in_both():
     "At the beginning they are of the raw table"
@@ -240,8 +253,7 @@ def test_procs_of_ones_own_in_both():
 def test_a_student_without_a_table():
     "Whose coding nobody knows"
     teacher = table(houses())
-    student = quiet(Learner(DataBlock((TransformBlock, TransformBlock), get_x=lambda i: torch.zeros(2), get_y=lambda i: 0).dataloaders([*range(8)], bs=2),
-        nn.Linear(2, 2), CrossEntropyLossFlat()))
+    student = many(['high', 'low'])
     with pytest.warns(UserWarning, match="the student's loaders hold none"): as_teacher(teacher, student)
 
 def test_targets_of_a_table_in_another_order():
@@ -265,8 +277,9 @@ def number(i): return float(i % 4)
 
 def many(*vocabs, model=None, **kwargs):
     "A learner with a target for each list of names, and for None with a number"
-    block = DataBlock([TransformBlock, *(RegressionBlock if o is None else CategoryBlock(o, sort=False) for o in vocabs)], n_inp=1, get_x=point,
-        get_y=[number if o is None else partial(nth, names=sorted(o)) for o in vocabs], splitter=RandomSplitter(.25, seed=0))
+    targets = [RegressionBlock if o is None else CategoryBlock(o, sort=False) for o in vocabs]
+    block = DataBlock([TransformBlock, *targets], n_inp=1, get_x=point, splitter=RandomSplitter(.25, seed=0),
+        get_y=[number if o is None else partial(nth, names=sorted(o)) for o in vocabs])
     model = model or Several(*(1 if o is None else len(o) for o in vocabs))
     return quiet(Learner(block.dataloaders([*range(32)], bs=8, num_workers=0), model, summed, **kwargs))
 
@@ -344,13 +357,16 @@ def test_other_classes_of_an_output_that_nobody_compares():
     teacher, student = many(ANIMALS[::-1], ['huge', 'tiny']), many(ANIMALS, SIZES)
     found = as_teacher(teacher, student)
     assert torch.equal(found.outputs(X)[0], heads_of(teacher)[0].flip(1))
-    with pytest.raises(ValueError, match='output 1: student and teacher were made for other classes.*the teacher has huge'): found.outputs(X, ['1'])
+    with pytest.raises(ValueError, match='output 1: student and teacher were made for other classes.*the teacher has huge'):
+        found.outputs(X, ['1'])
     said = error_of(ValueError, many(SIZES, ANIMALS), KD(many(ANIMALS, SIZES), SoftTarget))
     assert 'output 0: student and teacher were made for other classes' in said
 
-@pytest.mark.parametrize('form,what', [(at_once, r'Tensor \(6, 5\)'), (lambda o: (o[0],), 'tuple of 1'), (lambda o: (torch.cat(o, 1), o[0]), 'tuple of 2'),
-    (with_hidden, 'dict of 3')])
-def test_outputs_that_belong_to_nobody_knows_which_target(form, what):
+UNCLEAR = {r'Tensor \(6, 5\)': at_once, 'tuple of 1': lambda o: (o[0],), 'tuple of 2': lambda o: (torch.cat(o, 1), o[0]),
+    'dict of 3': with_hidden}
+
+@pytest.mark.parametrize('what,form', UNCLEAR.items(), ids=UNCLEAR)
+def test_outputs_without_a_target(what, form):
     "Are refused before the first step where an order differs, and taken as they are where none does"
     teacher = many(ANIMALS, SIZES, model=Several(3, 2, form=form))
     with pytest.raises(ValueError, match=f'returns no output for each of them but a {what}: build'):
@@ -360,9 +376,10 @@ def test_outputs_that_belong_to_nobody_knows_which_target(form, what):
 
 def test_all_targets_in_one_tensor_in_a_fit():
     "What the message says helps"
-    teacher, student = (lambda order: many(ANIMALS, order, model=Several(3, 2, form=at_once))), many(ANIMALS, SIZES[::-1], model=Several(3, 2, form=at_once))
-    assert 'CategoryBlock(vocab=…, sort=False)' in error_of(ValueError, student, KD(teacher(SIZES), Logits))
-    student.fit(1, 1e-3, cbs=KD(teacher(SIZES[::-1]), Logits))
+    def joined(order): return many(ANIMALS, order, model=Several(3, 2, form=at_once))
+    student = joined(SIZES[::-1])
+    assert 'CategoryBlock(vocab=…, sort=False)' in error_of(ValueError, student, KD(joined(SIZES), Logits))
+    student.fit(1, 1e-3, cbs=KD(joined(SIZES[::-1]), Logits))
     assert student.recorder.values
 
 def test_other_fields_stay_as_they_are():
@@ -375,7 +392,29 @@ def test_other_fields_stay_as_they_are():
 def test_one_column_for_two_classes():
     "Has no order"
     teacher, student = many(SIZES, model=Several(1, form=lambda o: o[0])), many(SIZES[::-1])
-    with pytest.raises(ValueError, match=r'its prediction \(6, 1\) has no column for each of 2 classes'): as_teacher(teacher, student).outputs(X)
+    with pytest.raises(ValueError, match=r'its prediction \(6, 1\) has no column for each of 2 classes'):
+        as_teacher(teacher, student).outputs(X)
+
+def test_names_in_an_exported_file(tmp_path):
+    "Are those of the output that is exported, or none"
+    onnx = pytest.importorskip('onnx')
+    def classes(learn, **kwargs): # noted in the file
+        export_onnx(learn, tmp_path/'student.onnx', **kwargs)
+        return {o.key: o.value for o in onnx.load(tmp_path/'student.onnx').metadata_props}.get('classes')
+    assert classes(many(ANIMALS[::-1], SIZES)) == '["dog", "cow", "cat"]'
+    assert classes(many(ANIMALS, SIZES), logits=lambda output: output[1]) is None
+    assert classes(many(ANIMALS, SIZES, model=Several(3, 2, form=at_once))) is None
+    assert classes(many(None, SIZES)) is None
+
+def test_in_a_cache_on_disk(tmp_path):
+    "Each order of classes has answers of its own"
+    teacher = many(ANIMALS, SIZES)
+    for _ in range(2):
+        for order in SIZES, SIZES[::-1]:
+            found = as_teacher(CachedTeacher(teacher, tmp_path), many(ANIMALS[::-1], order)).outputs(X, ['1'])
+            animals, sizes = heads_of(teacher)
+            assert torch.equal(found[0], animals.flip(1))
+            assert torch.equal(found[1]['1'], sizes if order == SIZES else sizes.flip(1))
 
 # ---- Texts
 
@@ -384,7 +423,8 @@ SENTENCES = ['a cat sat', 'the Dog sat', 'a dog ran', 'the cow ran far', 'one ca
 def text_learner(texts=SENTENCES, tok=None, vocab=None, rules=None, is_lm=False, **kwargs):
     "A learner of sentences that are cut at spaces"
     df = pd.DataFrame(dict(text=texts*8, label=['x', 'y']*4*len(texts)))
-    block = TextBlock.from_df('text', tok=tok or BaseTokenizer(), vocab=vocab, min_freq=1, rules=[str.lower] if rules is None else rules, is_lm=is_lm, **kwargs)
+    rules = [str.lower] if rules is None else rules
+    block = TextBlock.from_df('text', tok=tok or BaseTokenizer(), vocab=vocab, min_freq=1, rules=rules, is_lm=is_lm, **kwargs)
     block = DataBlock(block if is_lm else (block, CategoryBlock), get_x=ColReader('text'), get_y=None if is_lm else ColReader('label'),
         splitter=RandomSplitter(.25, seed=0))
     return quiet(Learner(block.dataloaders(df, bs=4, num_workers=0), nn.Linear(1, 1), CrossEntropyLossFlat()))
@@ -420,16 +460,21 @@ def test_padding():
     teacher, student = text_learner(), text_learner(['a cat', 'the cow ran far'])
     for learn, number in (teacher, 5), (student, 6):
         for dl in learn.dls.loaders: dl.before_batch.fs[0].pad_idx = number
-    x = student.dls.train.one_batch()[0]
+    x = student.dls.train.new(bs=12).one_batch()[0]
     with pytest.warns(UserWarning, match='counts words'): found = as_teacher(teacher, student).seen((x,))[0]
-    assert torch.equal(found == 5, x == 6) and (x == 6).any() and words_of(found[x != 6][None], teacher) == words_of(x[x != 6][None], student)
-    with pytest.warns(UserWarning, match='counts words'): assert as_teacher(teacher, text_learner()).seen((torch.arange(12)[None],))[0][0, 1] == 5
+    assert torch.equal(found == 5, x == 6) and (x == 6).any()
+    assert words_of(found[x != 6][None], teacher) == words_of(x[x != 6][None], student)
+    with pytest.warns(UserWarning, match='counts words'): found = as_teacher(teacher, text_learner())
+    assert found.seen((torch.arange(12)[None],))[0].tolist() == [[0, 5, *range(2, 12)]]
     teacher.dls.train.before_batch.fs[0].pad_first = False
-    with pytest.warns(UserWarning, match=r'at the beginning and the teacher.*were at the end: .*pad_first=False'): as_teacher(teacher, text_learner())
+    with pytest.warns(UserWarning, match=r'at the beginning and the teacher.*were at the end: .*pad_first=False'):
+        as_teacher(teacher, text_learner())
 
-@pytest.mark.parametrize('settings,said', [(dict(rules=[]), r"rules: \['lower'\] and \[\]"), (dict(rules=[str.upper]), 'rules: '),
-    (dict(tok=BaseTokenizer('-')), "settings: {'split_char': ' '} and {'split_char': '-'}"), (dict(backwards=True), "direction: 'forwards' and 'backwards'"),
-    (dict(texts=['ein hund', 'eine katze']), "lacks 4 of the student's words")])
+READ_OTHERWISE = [(dict(rules=[]), r"rules: \['lower'\] and \[\]"), (dict(rules=[str.upper]), 'rules: '),
+    (dict(texts=['ein hund', 'eine katze']), "lacks 4 of the student's words"), (dict(backwards=True), "direction: 'forwards' and"),
+    (dict(tok=BaseTokenizer('-')), "settings: {'split_char': ' '} and {'split_char': '-'}")]
+
+@pytest.mark.parametrize('settings,said', READ_OTHERWISE, ids=range(len(READ_OTHERWISE)))
 def test_texts_that_are_read_otherwise(settings, said):
     teacher, student = text_learner(**settings), text_learner()
     if 'texts' in settings: teacher, student = student, teacher
@@ -442,7 +487,8 @@ class Letters(BaseTokenizer):
     def __call__(self, items): return (list(o) for o in items)
 
 def test_another_tokenizer():
-    with pytest.raises(ValueError, match="tokenizer: 'BaseTokenizer' and 'Letters'"): as_teacher(text_learner(tok=Letters()), text_learner())
+    with pytest.raises(ValueError, match="tokenizer: 'BaseTokenizer' and 'Letters'"):
+        as_teacher(text_learner(tok=Letters()), text_learner())
 
 def test_a_text_learner_from_a_file(tmp_path):
     teacher, student = text_learner(rules=[]), text_learner(SENTENCES[::-1], rules=[])
@@ -492,18 +538,20 @@ def images(cls=PILImage, size=8, stats=None, div=255., batch_tfms=(), n=1):
     block = ImageBlock(cls)
     block.batch_tfms = [IntToFloatTensor(div=div)] if div else []
     norm = [] if stats is None else [Normalize.from_stats(*stats, cuda=False)]
-    block = DataBlock((*[block]*n, CategoryBlock(AGES)), n_inp=n, get_x=[picture]*n, get_y=partial(nth, names=AGES), splitter=RandomSplitter(.5, seed=0),
-        item_tfms=Resize(size, method='squish') if size else None, batch_tfms=[*batch_tfms, *norm])
+    block = DataBlock((*[block]*n, CategoryBlock(AGES)), n_inp=n, get_x=[picture]*n, get_y=partial(nth, names=AGES),
+        splitter=RandomSplitter(.5, seed=0), item_tfms=Resize(size, method='squish') if size else None, batch_tfms=[*batch_tfms, *norm])
     return quiet(Learner(block.dataloaders([*range(8)], bs=4, num_workers=0, shuffle=False), nn.Identity(), CrossEntropyLossFlat()))
 
 RGB, OTHER = ([.5, .4, .3], [.2, .3, .4]), ([.1, .2, .3], [.7, .6, .5])
 
 def batch_of(learn): return learn.dls.train.new(shuffle=False).one_batch()[:-1]
 
+SCALES = [(dict(stats=RGB), dict(stats=OTHER)), (dict(stats=RGB), {}), ({}, dict(stats=RGB)), (dict(div=127.5), {}),
+    (dict(div=1., stats=([127.]*3, [50.]*3)), dict(stats=OTHER)), (dict(stats=RGB, n=2), dict(stats=OTHER, n=2)),
+    (dict(stats=RGB), dict(div=None)), (dict(stats=RGB, batch_tfms=[Normalize.from_stats(*OTHER, cuda=False)]), dict(stats=OTHER))]
+
 @pytest.mark.filterwarnings("ignore:the teacher's images were normalized")
-@pytest.mark.parametrize('teacher,student', [(dict(stats=RGB), dict(stats=OTHER)), (dict(stats=RGB), {}), ({}, dict(stats=RGB)), (dict(div=127.5), {}),
-    (dict(div=1., stats=([127.]*3, [50.]*3)), dict(stats=OTHER)), (dict(stats=RGB, n=2), dict(stats=OTHER, n=2)), (dict(stats=RGB), dict(div=None)),
-    (dict(stats=RGB, batch_tfms=[Normalize.from_stats(*OTHER, cuda=False)]), dict(stats=OTHER))], ids=str)
+@pytest.mark.parametrize('teacher,student', SCALES, ids=range(len(SCALES)))
 def test_scale_of_images(teacher, student):
     "The teacher sees what its own loader makes of the same pictures"
     teacher, student = images(**teacher), images(**student)
@@ -522,8 +570,10 @@ def test_another_mode(kinds):
     with pytest.raises(ValueError, match="of mode '(L|RGB)' and the teacher's of mode '(L|RGB)'"): as_teacher(teacher, student)
     assert as_teacher(teacher, images(kinds[0])).inputs is None # what it says helps
 
-@pytest.mark.parametrize('of,size', [(dict(size=(6, 9)), (6, 9)), (dict(batch_tfms=aug_transforms(size=5)), (5, 5)), (dict(size=None), None),
-    (dict(size=9, batch_tfms=aug_transforms(size=(5, 7))), (5, 7))], ids=str)
+SIZED = [(dict(size=(6, 9)), (6, 9)), (dict(batch_tfms=aug_transforms(size=5)), (5, 5)), (dict(size=None), None),
+    (dict(size=9, batch_tfms=aug_transforms(size=(5, 7))), (5, 7))]
+
+@pytest.mark.parametrize('of,size', SIZED, ids=range(len(SIZED)))
 def test_image_size(of, size):
     learn = images(**of)
     assert image_size(learn) == size and (size is None or learn.dls.valid.one_batch()[0].shape[-2:] == size)
