@@ -1324,6 +1324,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fastkd.tables._code_of': ('tables.html#_code_of', 'fastkd/tables.py'),
                                'fastkd.tables._custom': ('tables.html#_custom', 'fastkd/tables.py'),
                                'fastkd.tables._is_alike': ('tables.html#_is_alike', 'fastkd/tables.py'),
+                               'fastkd.tables._kind': ('tables.html#_kind', 'fastkd/tables.py'),
                                'fastkd.tables._unseen': ('tables.html#_unseen', 'fastkd/tables.py'),
                                'fastkd.tables.category_source': ('tables.html#category_source', 'fastkd/tables.py'),
                                'fastkd.tables.name_codes': ('tables.html#name_codes', 'fastkd/tables.py'),

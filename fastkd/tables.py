@@ -114,16 +114,19 @@ class Nearest(nn.Module):
 # %% ../nbs/21_tables.ipynb #870d6796
 _ELSE = ', or pass `teacher_input`, which makes the input of the teacher from that of the student'
 
+def _kind(o): return bool if isinstance(o, np.bool_) else Number if isinstance(o, Number) and not isinstance(o, bool) else type(o)
+
 def name_codes(
     names:list, # The student's categories in the order of their codes, `#na#` first
     known:list, # The teacher's
     column:str, # What the error names
 ) -> list: # The teacher's code of each of the student's categories, 0 where it never saw one
-    "Categories by name; a ValueError where all are unknown"
+    "Categories by name; a ValueError where they are of another type"
     first, first_t = (int(isinstance(o[0], str) and o[0] == '#na#') for o in (names, known))
     index, index_t = (pd.Index(o[n:], tupleize_cols=False) for o, n in ((names, first), (known, first_t)))
     codes = index_t.get_indexer(index) + first_t
-    if len(codes) and (codes < first_t).all() or (codes < 0).any():
+    if not len(codes) or not known[first_t:]: return [0]*len(names)
+    if (codes < 0).any() or (codes < first_t).all() and {*map(_kind, names[first:])}.isdisjoint(map(_kind, known[first_t:])):
         said = [f'{o[-1]!r} ({type(o[-1]).__name__})' for o in (names, known)]
         raise ValueError(f"the teacher knows no category of the student's column '{column}', where {said[0]} stands and not {said[1]}: "
             'give both tables values of one type' + _ELSE)

@@ -11,7 +11,7 @@ from fastkd.all import *
 from fastkd.callback import as_teacher
 from fastkd.learners import class_names, image_size, renormalize, statistics, target_names
 from functools import partial
-from helpers import At, error_of, quiet
+from helpers import At, NoWaiting, error_of, quiet
 from torch import nn
 
 KD = KnowledgeDistillationCallback
@@ -156,6 +156,15 @@ def test_kinds_of_categories():
     names = list(teacher.dls.procs.categorify['key'])
     assert [names[i] for i in taught(teacher, student)[0][:, 0]] == mixed.key[student.dls.train_ds.items.index].tolist()
 
+def test_no_name_that_the_teacher_knows():
+    "Of one type they are all unseen; numbers and their names in letters are no categories of one column, nor are truth values and numbers"
+    df = houses()
+    teacher, other = table(df), df.assign(city='rome')
+    with pytest.warns(UserWarning, match="'rome' in 'city', which it never saw, #na#"): as_teacher(teacher, table(other))
+    agree(teacher, table(other), other)
+    with pytest.raises(ValueError, match="'garden', where .*1.* stands and not .*True"):
+        as_teacher(teacher, table(df.assign(garden=df.garden.astype(int))))
+
 @pytest.mark.parametrize('unseen', [['rome'], ['rome', 'oslo']])
 def test_names_that_the_teacher_never_saw(unseen):
     "Are what fastai makes of them, and are told"
@@ -197,6 +206,15 @@ def test_in_a_fit(teacher_of):
         assert torch.allclose(pred.softmax(1), right.softmax(1), atol=1e-5)
     assert len(seen) == len(student.dls.train) > 3 and own.softmax(1).std(0).min() > .1
 
+def test_nobody_waits():
+    "A batch is translated without a look at its numbers on the host"
+    df = houses()
+    df = df.assign(garden=df.garden.astype(int))
+    student = table(df[df.year > 1950], cats=CATS[:1] + CATS[2:], conts=CONTS + ['floor'])
+    translate, batch = as_teacher(table(df), student).inputs, student.dls.train.one_batch()[:2]
+    with NoWaiting(): found = translate(*batch)
+    assert [tuple(o.shape) for o in found] == [(16, 5), (16, 3)]
+
 def test_one_coding_says_nothing():
     "The same loaders, or a table that came out alike: nothing is said and nothing done"
     df = houses()
@@ -221,7 +239,7 @@ def with_cents(df): return table(df, (Cents, *PROCS))
 UNTOLD = Categorify, FillMissing(add_col=False), Normalize
 
 REFUSED = dict(column=(table, lambda df: table(df, conts=['size', 'year']), "needs column 'rooms', which"),
-    custom=(with_cents, table, 'beside Cents'), columns=(table, lambda df: table(df, cats=['city']), "'floor', 'garden', 'grade', which the"),
+    custom=(with_cents, table, 'beside Cents'), columns=(table, lambda df: table(df, cats=['city']), "'floor', 'garden', 'grade', which"),
     type=(table, lambda df: table(numbers_as_text(df)), r"no category of the student's column 'floor', where '3' \(str\)"),
     names=(table, rooms_as_text, "column 'rooms' holds categories in one table"), number=(rooms_as_text, table, "and '1' is no number"),
     unfilled=(lambda df: table(df.dropna()), table, 'never learned what to fill in'), custom_student=(table, with_cents, 'beside Cents'),
