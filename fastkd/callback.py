@@ -131,7 +131,7 @@ def as_teacher(
     "Whatever was passed as teacher"
     _check_kind(teacher)
     if isinstance(teacher, (list, tuple)):
-        members = [Frozen(o, *settings) if isinstance(o, nn.Module) else o for o in teacher]
+        members = [as_teacher(o, learn, axis, settings) if isinstance(o, (nn.Module, Learner)) else o for o in teacher]
         teacher, settings = Ensemble(members), (logits, None, None)
     if isinstance(teacher, Learner): teacher = from_learner(teacher, learn, *settings, axis=axis)
     elif isinstance(teacher, nn.Module): teacher = Frozen(teacher, *settings)

@@ -173,7 +173,7 @@ def export_onnx(
         names = [f'input_{i}' for i in range(len(program.graph_signature.user_inputs))]
         torch.onnx.export(program, f=str(made), input_names=names, output_names=['logits'], opset_version=opset, dynamo=True,
             verbose=False, external_data=False)
-        _slim(made, class_names(learn))
+        _slim(made, class_names(learn, logits))
         _check(OnnxModel(made), learn, logits, tolerance, dl)
     return OnnxModel(file)
 
@@ -184,7 +184,8 @@ def _slim(file, classes=None):
     for noted in (model.graph, *model.graph.node, *model.graph.initializer): del noted.metadata_props[:]
     del model.graph.value_info[:]
     for o in (*model.graph.input, *model.graph.output): o.type.tensor_type.shape.dim[0].dim_param = 'batch' # not `s4` or so
-    if classes: onnx.helper.set_model_props(model, dict(classes=json.dumps([*map(str, classes)])))
+    widths = [dim.dim_value for o in model.graph.output for dim in o.type.tensor_type.shape.dim[1:]]
+    if classes and len(classes) in widths: onnx.helper.set_model_props(model, dict(classes=json.dumps([*map(str, classes)])))
     onnx.save(model, file)
 
 # %% ../nbs/43_export.ipynb #9e376b7e

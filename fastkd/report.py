@@ -547,7 +547,7 @@ def disagreements(self:Report,
     if self.order is None: raise ValueError(_UNKNOWN)
     counted = (self.said[:, 0] != ignored_label(self.learn.loss_func)).nonzero().flatten()
     values, top = self.kl[counted].topk(min(k, len(counted)))
-    index, names = counted[top], class_names(self.learn) or list(range(len(self.classes)))
+    index, names = counted[top], list(self.classes.index)
     said = [[names[i] for i in row] for row in self.said[index].tolist()]
     return pd.DataFrame(said, columns=['label', 'student', 'teacher'], index=self.order[index].tolist()).assign(kl=values.numpy())
 

@@ -54,7 +54,7 @@ class Teacher:
 # %% ../nbs/20_teachers.ipynb #1888e6ec
 class Frozen(Teacher):
     "A module as teacher: eval mode, no graph, nothing touched"
-    is_reordered = False # Whether `logits` brings classes into another order
+    is_reordered, heads = False, None # Whether `logits` brings classes into another order, and what does it for each of several outputs
     def __init__(self,
         module:nn.Module, # The trained model
         logits:Callable=logits, # Finds the prediction in what the model returns
@@ -68,7 +68,10 @@ class Frozen(Teacher):
     def __repr__(self): return f'Frozen({type(unwrap_model(self.module)).__name__})'
 
     def settings(self): return self.logits, self.dtype
-    def reorders(self, layer): return self.is_reordered
+    def reorders(self, layer):
+        if not self.is_reordered: return False
+        is_field = '.' not in layer and get_module_by_name(self.module, layer) is None
+        return self.heads is None or not is_field # `heads` sees to outputs
 
     def outputs(self,
         xb:tuple, # The batch as the student sees it
@@ -95,6 +98,7 @@ class Frozen(Teacher):
             try: output = self.module(*inputs)
             except StopForward: pass
             activations = captures.take()
+        if self.heads is not None: activations = self.heads.fields(output, activations)
         if missing := [name for name in layers if name not in activations]: raise self._missing(missing[0])
         return (self.logits(output) if pred else None), activations
 

@@ -22,7 +22,7 @@ class Mutant(NamedTuple):
     killed_by: str # The test that notices, in tests/: file::test, with a parameter where one is enough
     also: tuple = () # Further pairs of old and new, where one change alone does no harm
 
-CB, LEARNED, TEACHERS, LEARNERS, MODULES = (f'{o}.py' for o in ('callback', 'learned', 'teachers', 'learners', 'modules'))
+CB, LEARNED, TEACHERS, LEARNERS, TABLES, MODULES = (f'{o}.py' for o in ('callback', 'learned', 'teachers', 'learners', 'tables', 'modules'))
 SAVED, MEMORY, MUTUAL, ITSELF, UNLABELLED = (f'{o}.py' for o in ('checkpoints', 'cache', 'mutual', 'itself', 'unlabelled'))
 CORE, RESPONSE, FEATURE, RELATION, SEQUENCE = (f'losses/{o}.py' for o in ('core', 'response', 'feature', 'relation', 'sequence'))
 FORMULA = 'test_zoo.py::test_value_and_every_gradient'
@@ -50,12 +50,25 @@ TEACHER = [
         'test_pairing.py::test_other_statistics'),
     Mutant('only the first input reaches the teacher', TEACHERS, 'xb = xb if isinstance(xb, (tuple, list)) else (xb,)', 'xb = (xb[0],)',
         'test_loop_models.py::test_several_inputs'),
-    Mutant('class permutation not applied', LEARNERS, 'logits = partial(_select, find=logits, columns=columns, axis=axis)', 'pass',
+    Mutant('class permutation not applied', LEARNERS, 'logits = partial(_select, find=logits, columns=orders[0], axis=axis)', 'pass',
         'test_pairing.py::test_permuted_vocabulary'),
     Mutant('class permutation the other way round', LEARNERS, '[names_t.index(name) for name in names_s]',
         '[names_s.index(name) for name in names_t]', 'test_pairing.py::test_permuted_vocabulary'),
-    Mutant('other statistics not converted', LEARNERS, 'inputs = partial(renormalize, student=stats_s, teacher=stats_t)', 'pass',
+    Mutant('other statistics not converted', LEARNERS,
+        'return [partial(renormalize, student=stats_s, teacher=stats_t, places=_images(student))]', 'return []',
         'test_pairing.py::test_other_statistics'),
+    Mutant('classes of the last target for every output', LEARNERS, 'order = self.orders[place]', 'order = self.orders[-1]',
+        'test_learners.py::test_each_output_by_its_own_classes'),
+    Mutant('fields of the output not reordered', TEACHERS, 'activations = self.heads.fields(output, activations)', 'pass',
+        'test_learners.py::test_parts_of_a_loss_compare_each_output'),
+    Mutant("a table read by the student's codes", LEARNERS, 'if step is None: return []', 'return []',
+        'test_learners.py::test_a_part_of_the_table'),
+    Mutant("the student's substitute for a missing value", TABLES, 'torch.where(missing, self.fill, x*self.scale + self.shift)',
+        'x*self.scale + self.shift', 'test_learners.py::test_a_part_of_the_table'),
+    Mutant("codes of the table instead of names", TABLES, 'codes = index_t.get_indexer(index) + first_t',
+        'codes = np.arange(len(index)) + first_t', 'test_learners.py::test_a_part_of_the_table'),
+    Mutant('words that the teacher lacks become the first word', LEARNERS, "number.get('xxunk', number.get('#na#'))", '3',
+        'test_learners.py::test_words'),
     Mutant('other classes not noticed', LEARNERS, 'if only_s or only_t or len(names_s) != len(names_t):', 'if False:',
         'test_pairing.py::test_other_vocabulary'),
     Mutant('teacher moved before `distrib_ctx` has placed the student', CB, '    fit.teacher.to(next(model.parameters()).device) #',
