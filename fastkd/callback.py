@@ -482,11 +482,10 @@ def before_train(self:KnowledgeDistillationCallback):
         raise RuntimeError('the teacher did not come along when this learner was exported or copied. Set it (and teacher_input and mask), '
             '`learn.knowledge_distillation.teacher = teacher`, or train without it: `learn.remove_cb(KnowledgeDistillationCallback)`')
     if self._fit is None: self.before_fit() # the callback was taken off and put back in the middle of a fit
-    fit = self._fit
-    fit.sums, fit.n_batches, fit.blamed = {}, 0, None
-    if 'index' in {*fit.wants, *fit.teacher.wants}: fit.loader = with_positions(self.learn.dl)
-    if fit.loader is not None: self.learn.dl = fit.loader
-    fit.teacher.reset()
+    if 'index' in {*self._fit.wants, *self._fit.teacher.wants}: self._fit.loader = with_positions(self.learn.dl)
+    if self._fit.loader is not None: self.learn.dl = self._fit.loader
+    self._fit.sums, self._fit.n_batches, self._fit.blamed = {}, 0, None
+    self._fit.teacher.reset()
 
 @patch
 def _takes_part(self:KnowledgeDistillationCallback):
