@@ -252,8 +252,7 @@ def _index(self:KnowledgeDistillationCallback):
     fit, loader = self._fit, self._fit.loader
     if loader is None: return None
     asking = [o for o in (fit.teacher, *self.loss.parts) if 'index' in o.wants]
-    if self._n_unlabelled():
-        raise ValueError(f'samples without labels have no position in the training set, and {asking[0]} asks for one')
+    if self._n_unlabelled(): raise ValueError(f'samples without labels have no position in the training set, and {asking[0]} asks for one')
     why = untraced(loader.index, len(_tensors(self.learn.xb)[0]))
     for o in asking:
         if o is fit.teacher or o.wants['index']: check_positions(o, why)
@@ -288,8 +287,8 @@ def before_fit(self:KnowledgeDistillationCallback):
     wants_pred = any('teacher_pred' in part.wants and part.teacher_pred is None for part in parts) or bool(self.teacher_metrics)
     self._meet(unwrap_model(self.learn.model))
     self._fit = SimpleNamespace(teacher=teacher, students=students, teachers=teachers, wants=wants, wants_pred=wants_pred,
-        peaks=self._peaks(), captures=None, loader=None, activations={}, ready=False, skipped=False, advised=False, n_batches=0, sums={}, first=None,
-        problem=None, blamed=None, before=None, suffix=self._suffix())
+        peaks=self._peaks(), captures=None, loader=None, activations={}, ready=False, skipped=False, advised=False, n_batches=0, sums={},
+        first=None, problem=None, blamed=None, before=None, suffix=self._suffix())
     if hasattr(self.learn, 'lr_finder'): self._fit.before = self.state_dict()
     if self.span and self._epochs_done >= self.span: self._epochs_done = 0
     if any(map(_is_compiled, [self.learn.model, *teacher.modules()])): torch._dynamo.reset() # earlier traces do not call our hooks

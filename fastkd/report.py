@@ -556,7 +556,7 @@ def disagreements(self:Report,
     said = [[names[i] for i in row] for row in self.said[index].tolist()]
     return pd.DataFrame(said, columns=['label', 'student', 'teacher'], index=self.order[index].tolist()).assign(kl=values.numpy())
 
-_UNKNOWN = 'this loader does not tell which samples of the dataset it gave: give a `dl` that does not shuffle'
+_UNKNOWN = 'this loader does not tell which samples of the dataset it gave: give a `dl` of fastai, one that does not shuffle'
 
 # %% ../nbs/41_report.ipynb #7be28ee6
 @patch

@@ -599,8 +599,8 @@ def test_a_fit_may_export_its_learner():
 def table_of(kind):
     "A new learner of a table with gaps"
     r = np.random.RandomState(0)
-    df = pd.DataFrame(dict(a=r.randn(60), b=np.where(r.rand(60) < .2, np.nan, r.randn(60)), k=r.choice([*'abc'], 60), y=r.choice([*'uv'], 60),
-        z=r.randn(60)))
+    df = pd.DataFrame(dict(a=r.randn(60), b=np.where(r.rand(60) < .2, np.nan, r.randn(60)), k=r.choice([*'abc'], 60),
+        y=r.choice([*'uv'], 60), z=r.randn(60)))
     procs = dict(full=[Categorify, FillMissing, Normalize], numbers=[Normalize], names=[Categorify], regression=[Categorify, Normalize])
     cats, conts = ([] if kind == 'numbers' else ['k']), dict(names=[], numbers=['a'], regression=['a']).get(kind, ['a', 'b'])
     y = dict(y_names='z', y_block=RegressionBlock()) if kind == 'regression' else dict(y_names='y', y_block=CategoryBlock())

@@ -1,20 +1,19 @@
 "Which samples a batch is made of: as they say it themselves, for whatever a loader does to them."
 import copy, numpy as np, pandas as pd, pickle, pytest, random, torch, torch.nn.functional as F
-from fastai.basics import Callback, CancelBatchException, CrossEntropyLossFlat, DataLoaders, Learner
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner
 from fastai.callback.data import PartialDL, WeightedDL
-from fastai.callback.schedule import lr_find
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import TfmdDL
 from fastai.data.load import DataLoader, SkipItemException
-from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabular_learner
+from fastai.tabular.all import Categorify, TabularDataLoaders, tabular_learner
 from fastai.text.data import LMDataLoader, SortedDL, TensorText, pad_input
 from fastkd.all import *
 from fastkd.positions import Positions, no_positions, untraced, with_positions
 from fastkd.unlabelled import Unlabelled
-from helpers import At, error_of, fitted, quiet, same, seed_cpu, weights
+from helpers import At, error_of, quiet, same, seed_cpu, weights
 from torch import nn
 
-pytestmark = pytest.mark.filterwarnings('ignore:the teacher is right on', 'ignore:.*its gradient on the student is', 'ignore:.*lr_find')
+pytestmark = pytest.mark.filterwarnings('ignore:the teacher is right on', 'ignore:.*its gradient on the student is')
 
 BAD = 5, 17, 18
 
@@ -67,11 +66,13 @@ def skips(item):
     return item
 
 def of_items(cls=TfmdDL, dataset=Items(), **settings): return cls(dataset, **(dict(bs=8, shuffle=True, num_workers=0) | settings))
-def of_texts(bad=(), **settings): return of_items(SortedDL, Texts(bad), before_batch=pad_input, res=[len(Texts()[i][0]) for i in range(40)], **settings)
+LENGTHS = [len(Texts()[i][0]) for i in range(40)]
+def of_texts(bad=(), **settings): return of_items(SortedDL, Texts(bad), before_batch=pad_input, res=LENGTHS, **settings)
 
 LOADERS = dict(plain=lambda: of_items(dataset=Items(())), skips=lambda: of_items(), simple=lambda: of_items(DataLoader),
     drop_last=lambda: of_items(drop_last=True), in_order=lambda: of_items(shuffle=False), single=lambda: of_items(bs=1),
-    worker=lambda: of_items(num_workers=1), workers=lambda: of_items(num_workers=2), workers_drop=lambda: of_items(num_workers=2, drop_last=True),
+    worker=lambda: of_items(num_workers=1), workers=lambda: of_items(num_workers=2),
+    workers_drop=lambda: of_items(num_workers=2, drop_last=True),
     after_item=lambda: of_items(DataLoader, Items(()), after_item=skips), reads_none=lambda: of_items(ReadsNone, Items(())),
     reads_some=lambda: of_items(ReadsSome, Items(()), num_workers=2), reads_other=lambda: of_items(ReadsOther),
     weighted=lambda: of_items(WeightedDL, wgts=range(1, 41)), partial=lambda: of_items(PartialDL, partial_n=20),
@@ -81,7 +82,8 @@ LOADERS = dict(plain=lambda: of_items(dataset=Items(())), skips=lambda: of_items
     both=lambda: of_items(before_batch=[by_number, even], num_workers=2), collated=lambda: of_items(create_batch=collated),
     sorted_and_collated=lambda: of_items(before_batch=by_number, create_batch=collated), buckets=lambda: of_items(Buckets),
     rows=lambda: of_items(Rows), twice=lambda: two_views(DataLoaders(of_items(), of_items())).train,
-    texts=lambda: of_texts(), texts_in_order=lambda: of_texts(shuffle=False), texts_skipped=lambda: of_texts(BAD, drop_last=True, num_workers=2),
+    texts=lambda: of_texts(), texts_in_order=lambda: of_texts(shuffle=False),
+    texts_skipped=lambda: of_texts(BAD, drop_last=True, num_workers=2),
     duplicates=lambda: of_items(dataset=[Items(())[i] for i in range(20)]*2, get_idxs=lambda: [3, 23, 3, 1]))
 
 @pytest.mark.parametrize('name', LOADERS)
@@ -143,13 +145,17 @@ def collate_even(items): return collated(even(items))
 def collate_shuffled(items): return collated(random.sample(items, len(items)))
 def two_rows(items): return [torch.cat([o, o]) for o in collated(items)]
 
-REFUSED = dict(torch=lambda: torch.utils.data.DataLoader(Items(()), 8, shuffle=True), stream=lambda: TfmdDL(Stream(), bs=8, n=16, num_workers=0),
+REFUSED = dict(torch=lambda: torch.utils.data.DataLoader(Items(()), 8, shuffle=True),
+    stream=lambda: TfmdDL(Stream(), bs=8, n=16, num_workers=0),
     whole_batches=lambda: DataLoader(Batches(), bs=None), pairs=lambda: of_items(Pairs, Items(())),
     anew_and_sorted=lambda: of_items(before_batch=anew_in_order), by_function=lambda: of_items(create_item=lambda i: Items(())[i or 0]),
     collate_sorted=lambda: of_items(create_batch=collate_sorted), collate_even=lambda: of_items(create_batch=collate_even),
     collate_shuffled=lambda: of_items(create_batch=collate_shuffled, num_workers=1), two_rows=lambda: of_items(create_batch=two_rows))
 
-def student(dl, valid=None): return quiet(Learner(DataLoaders(dl, valid or of_items(dataset=Items(())), device='cpu'), nn.Linear(4, 3), CrossEntropyLossFlat()))
+def student(dl):
+    dls = DataLoaders(dl, of_items(dataset=Items(())), device='cpu')
+    return quiet(Learner(dls, nn.Linear(4, 3), CrossEntropyLossFlat()))
+
 ANSWERS = torch.stack([Items(())[i][0][:3]*5 for i in range(40)])
 
 @pytest.mark.parametrize('name', REFUSED)
@@ -180,7 +186,8 @@ def test_who_does_not_need_them_goes_without(name):
 
 # ---- In a fit
 
-def KD(teacher, loss=None, **kwargs): return KnowledgeDistillationCallback(teacher, loss or (lambda pred, teacher_pred: F.mse_loss(pred, teacher_pred)), **kwargs)
+def mse(pred, teacher_pred): return F.mse_loss(pred, teacher_pred)
+def KD(teacher, loss=mse): return KnowledgeDistillationCallback(teacher, loss)
 
 class Wrong(Callback):
     "How many samples got the answer to another one, of how many"
@@ -211,7 +218,8 @@ def test_answers(name):
     n_wrong, n = wrong(FITS[name]())
     assert n_wrong == 0 and n >= 8
 
-@pytest.mark.parametrize('cbs', [lambda: [GradientAccumulation(20)], lambda: [At('before_batch', lambda learn: learn.dls.train.one_batch(), nth=0)],
+@pytest.mark.parametrize('cbs', [lambda: [GradientAccumulation(20)],
+    lambda: [At('before_batch', lambda learn: learn.dls.train.one_batch(), nth=0)],
     lambda: [At('after_batch', lambda learn: learn.validate(dl=learn.dls.train), nth=3)],
     lambda: [At('before_batch', lambda learn: list(learn.dls.train), order=-9, nth=2)],
     lambda: [Curriculum(StoredTeacher(ANSWERS), start=.5)]], ids=['accumulated', 'one_batch', 'validated', 'run_through', 'curriculum'])
@@ -283,7 +291,7 @@ def test_seen_from_outside():
 @pytest.fixture(scope='module')
 def table():
     df = pd.DataFrame(dict(n=[float(i) for i in range(40)], kind=['abc'[i % 3] for i in range(40)], y=['uv'[i % 2] for i in range(40)]))
-    return TabularDataLoaders.from_df(df, procs=[Categorify], cat_names=['kind'], cont_names=['n'], y_names='y', valid_idx=[*range(8)], bs=8)
+    return TabularDataLoaders.from_df(df, '.', [Categorify], cat_names=['kind'], cont_names=['n'], y_names='y', valid_idx=[*range(8)], bs=8)
 
 def test_rows_of_a_table(table):
     numbered = with_positions(table.train)
