@@ -63,10 +63,14 @@ def _random_kept():
 # %% ../nbs/21_positions.ipynb #21d0000b
 class _Maker(_Proxy):
     "A loader whose batches come with the positions of their samples, or with None"
-    def __init__(self, own): super().__init__(own, noted=[], items=[], places=None)
+    def __init__(self, own): super().__init__(own, noted=[], items=[], made=[], places=None)
 
     dataset = property(lambda self: _Read(self._own.dataset, noted=self.noted))
-    def create_batches(self, samples): return self._run('create_batches', samples)
+    def create_batches(self, samples):
+        for batch in self._run('create_batches', samples):
+            place = _places([made for _, made in self.made], [batch])
+            yield (None if place is None else self.made.pop(place[0])[0]), batch
+
     def create_item(self, s): return self._run('create_item', s)
     def do_item(self, s):
         self.noted.clear()
@@ -85,13 +89,14 @@ class _Maker(_Proxy):
         found = _places([item for _, item in self.items], items) or []
         positions, used = [self.items[i][0] for i in found], {*found}
         self._note(items=[o for i, o in enumerate(self.items) if i not in used and found])
-        batch, places = self.made(items)
-        if not found or None in positions or not self.keeps_order(items, batch, places): return None, batch
-        return np.array(positions)[slice(None) if places is None else places], batch
+        batch, places = self.make(items)
+        if found and None not in positions and self.keeps_order(items, batch, places):
+            self.made.append((np.array(positions)[slice(None) if places is None else places], batch))
+        return batch
 
 # %% ../nbs/21_positions.ipynb #21d0000c
 @patch
-def made(self:_Maker, items):
+def make(self:_Maker, items):
     "A batch, and where among `items` its rows come from; None where that is not to be seen"
     self._note(places=None)
     return self._run('do_batch', items), self.places
@@ -102,7 +107,7 @@ def keeps_order(self:_Maker, items, batch, places):
     by_fastai = all(str(getattr(o, '__module__', '')).startswith('fastai.') for o in (self._own.do_batch, self._own.create_batch))
     if places is not None and by_fastai: return True
     in_order = [*range(len(items))]
-    with _random_kept(): other, back = self.made(items[::-1])
+    with _random_kept(): other, back = self.make(items[::-1])
     sources = in_order if places is None else places, [in_order[-1 - i] for i in (in_order if back is None else back)]
     rows = []
     for made, source in zip((batch, other), sources):

@@ -10,6 +10,7 @@ from fastai.text.data import LMDataLoader, SortedDL, TensorText, pad_input
 from fastkd.all import *
 from fastkd.positions import Positions, no_positions, untraced, with_positions
 from fastkd.unlabelled import Unlabelled
+from functools import partial
 from helpers import At, error_of, quiet, same, seed_cpu, weights
 from torch import nn
 
@@ -53,8 +54,20 @@ class Buckets(TfmdDL):
 
 class Rows(TfmdDL):
     "Reads a batch at once"
-    def do_item(self, s): return s
+    def do_item(self, s): return 0 if s is None else s
     def create_batch(self, b): return [torch.stack(o) for o in zip(*[Items(())[i] for i in b])]
+
+class AtOnce(TfmdDL):
+    "Reads the samples of an epoch before any batch"
+    def create_batches(self, samples):
+        items = [self.dataset[i] for i in samples]
+        yield from map(self.do_batch, self.chunkify(items))
+
+class Ahead(TfmdDL):
+    "Makes two batches before the first one is used"
+    def create_batches(self, samples):
+        batches = [*super().create_batches(samples)]
+        yield from batches[::-1]
 
 def number(item): return item[0][0].item()
 def by_number(items): return sorted(items, key=number)
@@ -69,22 +82,24 @@ def of_items(cls=TfmdDL, dataset=Items(), **settings): return cls(dataset, **(di
 LENGTHS = [len(Texts()[i][0]) for i in range(40)]
 def of_texts(bad=(), **settings): return of_items(SortedDL, Texts(bad), before_batch=pad_input, res=LENGTHS, **settings)
 
-LOADERS = dict(plain=lambda: of_items(dataset=Items(())), skips=lambda: of_items(), simple=lambda: of_items(DataLoader),
-    drop_last=lambda: of_items(drop_last=True), in_order=lambda: of_items(shuffle=False), single=lambda: of_items(bs=1),
-    worker=lambda: of_items(num_workers=1), workers=lambda: of_items(num_workers=2),
-    workers_drop=lambda: of_items(num_workers=2, drop_last=True),
-    after_item=lambda: of_items(DataLoader, Items(()), after_item=skips), reads_none=lambda: of_items(ReadsNone, Items(())),
-    reads_some=lambda: of_items(ReadsSome, Items(()), num_workers=2), reads_other=lambda: of_items(ReadsOther),
-    weighted=lambda: of_items(WeightedDL, wgts=range(1, 41)), partial=lambda: of_items(PartialDL, partial_n=20),
-    iterator=lambda: of_items(get_idxs=lambda: iter([9, 17, 3, 5, 4, 4, 39, 0, 1])),
-    array=lambda: of_items(get_idxs=lambda: np.array([9, 17, 3, 5, 4, 4, 39, 0, 1])), first=lambda: of_items(n=30),
-    sorted=lambda: of_items(before_batch=by_number), left_out=lambda: of_items(before_batch=even), anew=lambda: of_items(before_batch=anew),
-    both=lambda: of_items(before_batch=[by_number, even], num_workers=2), collated=lambda: of_items(create_batch=collated),
-    sorted_and_collated=lambda: of_items(before_batch=by_number, create_batch=collated), buckets=lambda: of_items(Buckets),
-    rows=lambda: of_items(Rows), twice=lambda: two_views(DataLoaders(of_items(), of_items())).train,
-    texts=lambda: of_texts(), texts_in_order=lambda: of_texts(shuffle=False),
-    texts_skipped=lambda: of_texts(BAD, drop_last=True, num_workers=2),
-    duplicates=lambda: of_items(dataset=[Items(())[i] for i in range(20)]*2, get_idxs=lambda: [3, 23, 3, 1]))
+def once(): return iter([9, 17, 3, 5, 4, 4, 39, 0, 1])
+def twice(): return two_views(DataLoaders(of_items(), of_items())).train
+def with_copies(): return of_items(dataset=[Items(())[i] for i in range(20)]*2, get_idxs=lambda: [3, 23, 3, 1])
+
+LOADERS = dict(plain=partial(of_items, dataset=Items(())), skips=of_items, drop_last=partial(of_items, drop_last=True))
+LOADERS |= {f'workers_{name}': partial(make, num_workers=2) for name, make in LOADERS.items()}
+LOADERS |= dict(worker=partial(of_items, num_workers=1),
+    simple=partial(of_items, DataLoader), in_order=partial(of_items, shuffle=False), single=partial(of_items, bs=1),
+    first=partial(of_items, n=30), after_item=partial(of_items, DataLoader, Items(()), after_item=skips))
+LOADERS |= {cls.__name__: partial(of_items, cls, Items(bad)) for cls, bad in
+    ((ReadsNone, ()), (ReadsSome, ()), (ReadsOther, BAD), (Rows, ()), (Buckets, BAD), (Ahead, BAD))}
+LOADERS |= dict(weighted=partial(of_items, WeightedDL, wgts=range(1, 41)), partial=partial(of_items, PartialDL, partial_n=20), twice=twice,
+    iterator=partial(of_items, get_idxs=once), array=partial(of_items, get_idxs=lambda: np.array([*once()])), duplicates=with_copies)
+LOADERS |= {func.__name__: partial(of_items, before_batch=func) for func in (by_number, even, anew)}
+LOADERS |= dict(both=partial(of_items, before_batch=[by_number, even], num_workers=2), collated=partial(of_items, create_batch=collated),
+    sorted_and_collated=partial(of_items, before_batch=by_number, create_batch=collated))
+LOADERS |= dict(texts=of_texts, texts_in_order=partial(of_texts, shuffle=False),
+    texts_skipped=partial(of_texts, BAD, drop_last=True, num_workers=2))
 
 @pytest.mark.parametrize('name', LOADERS)
 def test_told(name):
@@ -145,12 +160,12 @@ def collate_even(items): return collated(even(items))
 def collate_shuffled(items): return collated(random.sample(items, len(items)))
 def two_rows(items): return [torch.cat([o, o]) for o in collated(items)]
 
-REFUSED = dict(torch=lambda: torch.utils.data.DataLoader(Items(()), 8, shuffle=True),
-    stream=lambda: TfmdDL(Stream(), bs=8, n=16, num_workers=0),
-    whole_batches=lambda: DataLoader(Batches(), bs=None), pairs=lambda: of_items(Pairs, Items(())),
-    anew_and_sorted=lambda: of_items(before_batch=anew_in_order), by_function=lambda: of_items(create_item=lambda i: Items(())[i or 0]),
-    collate_sorted=lambda: of_items(create_batch=collate_sorted), collate_even=lambda: of_items(create_batch=collate_even),
-    collate_shuffled=lambda: of_items(create_batch=collate_shuffled, num_workers=1), two_rows=lambda: of_items(create_batch=two_rows))
+REFUSED = dict(torch=lambda: torch.utils.data.DataLoader(Items(()), 8, shuffle=True), whole_batches=lambda: DataLoader(Batches(), bs=None),
+    stream=lambda: TfmdDL(Stream(), bs=8, n=16, num_workers=0), by_function=partial(of_items, create_item=lambda i: Items(())[i or 0]))
+REFUSED |= {cls.__name__: partial(of_items, cls, Items(())) for cls in (Pairs, AtOnce)}
+REFUSED |= {func.__name__: partial(of_items, create_batch=func) for func in (collate_sorted, collate_even, two_rows)}
+REFUSED |= dict(before_batch=partial(of_items, before_batch=anew_in_order),
+    worker=partial(of_items, create_batch=collate_shuffled, num_workers=1))
 
 def student(dl):
     dls = DataLoaders(dl, of_items(dataset=Items(())), device='cpu')
@@ -175,7 +190,7 @@ def test_windows_of_texts_are_no_samples():
     numbered = with_positions(dl)
     assert [untraced(numbered.index, 4) != '' for _ in numbered] == [True]*len(dl)
 
-@pytest.mark.parametrize('name', ['pairs', 'collate_sorted', 'stream'])
+@pytest.mark.parametrize('name', ['Pairs', 'collate_sorted', 'stream'])
 def test_who_does_not_need_them_goes_without(name):
     "A loss that takes everything, or has a default"
     seen = []
@@ -211,7 +226,7 @@ def wrong(dl, n_epoch=2, cbs=(), fit=None):
     else: fit(learn, [kd, watch, *cbs])
     return watch.wrong, watch.n
 
-FITS = {name: make for name, make in LOADERS.items() if not name.startswith(('texts', 'first', 'dupl', 'rows'))}
+FITS = {name: make for name, make in LOADERS.items() if not name.startswith(('texts', 'dupl', 'workers_'))}
 
 @pytest.mark.parametrize('name', FITS)
 def test_answers(name):
