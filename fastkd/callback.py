@@ -14,7 +14,7 @@ from operator import and_
 from types import SimpleNamespace
 
 import torch, torch.nn.functional as F
-from fastai.basics import AvgMetric, Callback, DataLoader, Learner, Metric, Recorder, ValueMetric, apply, mk_metric
+from fastai.basics import AvgMetric, Callback, Learner, Metric, Recorder, ValueMetric, apply, mk_metric
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.torch_core import no_random
@@ -26,8 +26,9 @@ from .learned import LearnedParts, average, broadcast, broadcast_statistics, sca
 from .learners import from_learner
 from .losses.core import Loss, Mixed, Probe, Sum, _tensors, as_classes, as_sum, first_samples, loss_name
 from .modules import Captures, evaluating, logits, missing_layer, on_host, reset_state, unwrap_model
+from .positions import Positions, check_positions, no_positions, untraced, with_positions
 from .schedules import _said, as_schedules, check_curve, multiplies, scheduled_value
-from .shared import how_to_load, loader_behind
+from .shared import how_to_load
 from .teachers import Frozen, Teacher
 
 # %% ../nbs/30_callback.ipynb #07ea4187
@@ -118,8 +119,7 @@ def _check_parts(self:KnowledgeDistillationCallback):
                 + (partners if 'fm_t' in part.wants else ''))
         if self.mask is not None and part.wants_layers and 'mask' not in part.wants:
             self._warn_once(f'mask {part.name}', f'{part} compares whole activations: mask= leaves nothing out of it')
-        if part.wants.get('index') and not _numbered(self.learn.dls.train):
-            raise ValueError(f'{part} needs the positions of samples in the dataset, which these loaders do not supply')
+        if part.wants.get('index'): check_positions(part, no_positions(self.learn.dls.train))
 
 # %% ../nbs/30_callback.ipynb #ef41f985
 def as_teacher(
@@ -138,9 +138,9 @@ def as_teacher(
     elif settings[1:] != (None, None): # its logits are its own, too, and those that are given are the student's
         raise ValueError(f'{teacher} has settings of its own: give them to the model within, as in '
             'CachedTeacher(Frozen(model, logits=…, inputs=…, dtype=…))')
-    elif 'index' in teacher.wants and not _numbered(learn.dls.train):
-        raise ValueError(f'{teacher} needs the positions of samples in the dataset, which these loaders do not supply')
-    else: teacher = teacher.for_student(learn, axis)
+    else:
+        if 'index' in teacher.wants: check_positions(teacher, no_positions(learn.dls.train))
+        teacher = teacher.for_student(learn, axis)
     return teacher
 
 @patch
@@ -237,11 +237,6 @@ def _check_unlabelled(self:KnowledgeDistillationCallback, pred):
     raise ValueError(f'{asking[0]} uses labels, and some samples have none: only where labels are classes as integers are those left out')
 
 # %% ../nbs/30_callback.ipynb #bc579592
-def _numbered(dl):
-    dl = loader_behind(dl)
-    if not isinstance(dl, DataLoader) or not dl.indexed or dl.n is None: return False
-    return dl.n == len(dl.dataset) # a language model's loader cuts its texts into other samples
-
 @patch
 def _ask(self:KnowledgeDistillationCallback, teacher, xb, pred, fm_s):
     "The teacher's answer for a batch, or for its first samples, given what the student says of them"
@@ -253,17 +248,15 @@ def _ask(self:KnowledgeDistillationCallback, teacher, xb, pred, fm_s):
 
 @patch
 def _index(self:KnowledgeDistillationCallback):
-    "Positions of the batch's samples in the dataset, in the order in which fastai's loader drew them; None with other loaders"
-    dl, x = self.learn.dl, _tensors(self.learn.xb)[0]
-    if not _numbered(dl): return None
-    if self._n_unlabelled():
-        asking = next(o for o in (self._fit.teacher, *self.loss.parts) if 'index' in o.wants)
-        raise ValueError(f'samples without labels have no position in the training set, and {asking} asks for one')
-    start = self.learn.iter*dl.bs
-    index = torch.as_tensor(list(dl._DataLoader__idxs[start:start + dl.bs]))
-    if len(index) == len(x): return index
-    raise ValueError(f'the loader drew {len(index)} positions and delivered {len(x)} samples: where samples are skipped, positions '
-        'say nothing')
+    "Positions of the batch's samples in the dataset; None where nobody can tell, an error where somebody needs them"
+    fit, loader = self._fit, self._fit.loader
+    if loader is None: return None
+    asking = [o for o in (fit.teacher, *self.loss.parts) if 'index' in o.wants]
+    if self._n_unlabelled(): raise ValueError(f'samples without labels have no position in the training set, and {asking[0]} asks for one')
+    why = untraced(loader.index, len(_tensors(self.learn.xb)[0]))
+    for o in asking:
+        if o is fit.teacher or o.wants['index']: check_positions(o, why)
+    return None if why else loader.index
 
 # %% ../nbs/30_callback.ipynb #ea107a4a
 def _inside_fit(learn):
@@ -294,8 +287,8 @@ def before_fit(self:KnowledgeDistillationCallback):
     wants_pred = any('teacher_pred' in part.wants and part.teacher_pred is None for part in parts) or bool(self.teacher_metrics)
     self._meet(unwrap_model(self.learn.model))
     self._fit = SimpleNamespace(teacher=teacher, students=students, teachers=teachers, wants=wants, wants_pred=wants_pred,
-        peaks=self._peaks(), captures=None, activations={}, ready=False, skipped=False, advised=False, n_batches=0, sums={}, first=None,
-        problem=None, blamed=None, before=None, suffix=self._suffix())
+        peaks=self._peaks(), captures=None, loader=None, activations={}, ready=False, skipped=False, advised=False, n_batches=0, sums={},
+        first=None, problem=None, blamed=None, before=None, suffix=self._suffix())
     if hasattr(self.learn, 'lr_finder'): self._fit.before = self.state_dict()
     if self.span and self._epochs_done >= self.span: self._epochs_done = 0
     if any(map(_is_compiled, [self.learn.model, *teacher.modules()])): torch._dynamo.reset() # earlier traces do not call our hooks
@@ -367,6 +360,7 @@ def cleanup(self:KnowledgeDistillationCallback):
     fit, self._fit = self._fit, None
     if fit is not None and fit.captures is not None: fit.captures.remove()
     if fit is not None and fit.before is not None and fit.ready: self._restore(fit.before) # what `lr_find` taught, also if it failed
+    if self.learn is not None and type(dl := vars(self.learn).get('dl')) is Positions: self.learn.dl = dl.loader
     if self.learn is not None: self.learn.metrics = self.learn.metrics.filter(lambda metric: getattr(metric, 'cb', None) is not self)
     if fit is not None: fit.teacher.flush()
 
@@ -410,7 +404,7 @@ def _look(self:KnowledgeDistillationCallback):
     self._check_finite(teacher_pred, fm_t)
     self._check_unlabelled(pred)
     square = all(x.shape[2] == x.shape[3] for x in one if isinstance(x, Tensor) and x.ndim == 4)
-    n_samples = len(learn.dls.train_ds) if _numbered(learn.dls.train) else None
+    n_samples = None if no_positions(learn.dls.train) else len(learn.dls.train_ds)
     self.loss.build(Probe(pred, teacher_pred, fm_s, fm_t, self._target(), fit.axis, square,
         fit.teacher.teacher_module, n_samples))
     if hasattr(learn, 'recorder') and not fit.suffix: learn.recorder.distillation = {}
@@ -487,6 +481,8 @@ def before_train(self:KnowledgeDistillationCallback):
         raise RuntimeError('the teacher did not come along when this learner was exported or copied. Set it (and teacher_input and mask), '
             '`learn.knowledge_distillation.teacher = teacher`, or train without it: `learn.remove_cb(KnowledgeDistillationCallback)`')
     if self._fit is None: self.before_fit() # the callback was taken off and put back in the middle of a fit
+    if 'index' in {*self._fit.wants, *self._fit.teacher.wants}: self._fit.loader = with_positions(self.learn.dl)
+    if self._fit.loader is not None: self.learn.dl = self._fit.loader
     self._fit.sums, self._fit.n_batches, self._fit.blamed = {}, 0, None
     self._fit.teacher.reset()
 

@@ -18,8 +18,9 @@ from fastai.torch_core import no_random
 from fastcore.basics import detuplify, patch
 from torch import Tensor
 from .advice import teacher_at_chance
-from .callback import KnowledgeDistillationCallback, _check_kind, _numbered, as_teacher
-from .losses.core import _full_precision
+from .callback import KnowledgeDistillationCallback, _check_kind, as_teacher
+from .losses.core import _full_precision, _tensors
+from .positions import Positions, check_positions, no_positions, untraced
 from .schedules import Schedule, _check_annealer, _said, check_curve, multiplies
 from .shared import loader_behind
 
@@ -53,7 +54,7 @@ def sure_of_any(
 def _in_order(dl):
     "A loader of the same samples, in the order of the dataset, and without random transforms"
     still = dl.dataset.set_split_idx(1) if isinstance(dl.dataset, Datasets) else nullcontext()
-    return still, dl.new(shuffle=False, drop_last=False, get_idxs=partial(range, dl.n))
+    return still, Positions(dl.new(shuffle=False, drop_last=False, get_idxs=partial(range, dl.n)))
 
 def rank(
     teacher, # A `Teacher`
@@ -64,29 +65,30 @@ def rank(
     "Training samples by how easy the teacher finds them"
     if teacher.learns or {*teacher.wants} - {'index', 'target'}:
         raise ValueError(f'{teacher} knows nothing before training: rank the samples by another teacher')
-    values = []
+    found = []
     with no_random(reproducible=False):
         still, dl = _in_order(loader_behind(learn.dls.train))
         with still, torch.no_grad():
-            for batch in dl: values.append(_easiness(teacher, learn, by, axis, batch, sum(map(len, values))))
-    values = torch.cat(values)
-    if values.isnan().any(): raise ValueError(f'{teacher} gives no number to sample {int(values.isnan().nonzero()[0])} of the training set')
-    return values.argsort(descending=True, stable=True)
+            for batch in dl: found.append((dl.index, _easiness(teacher, learn, by, axis, batch, dl.index, not found)))
+    index, values = map(torch.cat, zip(*found))
+    if values.isnan().any(): raise ValueError(f'{teacher} gives no number to sample {int(index[values.isnan()][0])} of the training set')
+    return index[values.argsort(descending=True, stable=True)]
 
 # %% ../nbs/34_curriculum.ipynb #ac9b00f8
-def _easiness(teacher, learn, by, axis, batch, n_before):
+def _easiness(teacher, learn, by, axis, batch, index, is_first):
     "What `by` says of a batch"
     batch = learn._set_device(batch)
     n_inp = getattr(learn.dls, 'n_inp', max(1, len(batch) - 1))
     xb, target = tuple(batch[:n_inp]), detuplify(tuple(batch[n_inp:]))
-    known = dict(index=lambda: torch.arange(n_before, n_before + len(xb[0])), target=lambda: target)
+    n = len(_tensors(xb)[0])
+    check_positions('a curriculum', untraced(index, n))
+    known = dict(index=lambda: index, target=lambda: target)
     pred, _ = teacher.outputs(xb, **{name: known[name]() for name in teacher.wants})
     pred, target = _full_precision((pred, target))
-    if n_before == 0 and (message := teacher_at_chance(pred, target, axis=axis)): warnings.warn(message, stacklevel=2)
+    if is_first and (message := teacher_at_chance(pred, target, axis=axis)): warnings.warn(message, stacklevel=2)
     values = by(pred, target, axis)
-    if values.shape == (len(xb[0]),): return values.cpu()
-    raise ValueError(f'by(teacher_pred, target, axis) returns a number for each sample, not shape {tuple(values.shape)} for '
-        f'{len(xb[0])} samples')
+    if values.shape == (n,): return values.cpu()
+    raise ValueError(f'by(teacher_pred, target, axis) returns a number for each sample, not shape {tuple(values.shape)} for {n} samples')
 
 # %% ../nbs/34_curriculum.ipynb #96ca54fc
 class Curriculum(Callback):
@@ -136,8 +138,7 @@ def before_fit(self:Curriculum):
     self.ranking = None
     if len(self.learn.cbs.filter(lambda cb: isinstance(cb, Curriculum))) > 1:
         raise ValueError('two curricula in one fit: take one, learn.remove_cb(Curriculum)')
-    if _numbered(self.learn.dls.train) or self.teacher is None: return
-    raise ValueError('a curriculum ranks samples by their positions in the dataset, which these loaders do not supply')
+    if self.teacher is not None: check_positions('a curriculum', no_positions(self.learn.dls.train))
 
 @patch
 def before_train(self:Curriculum):
@@ -167,7 +168,7 @@ def _draw(self:Curriculum):
     "An epoch's number of positions, of easy samples only"
     dl, own, _, chosen = self.drawing
     self.cleanup()
-    every = own()
+    every = [*own()]
     drawn = _easy(every, chosen)
     while len(drawn) < len(every):
         more = next(filter(None, (_easy(own(), chosen) for _ in range(100))), None)

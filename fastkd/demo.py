@@ -130,11 +130,8 @@ class SkipValidation(Callback):
 # %% ../nbs/45_demo.ipynb #38a318a4
 class TensorLoader(DataLoader):
     "Batches of a `TensorDataset`, taken by index"
-    def create_batches(self, samples):
-        samples = list(samples)
-        for i in range(0, len(samples), self.bs):
-            chosen = samples[i:i + self.bs]
-            if len(chosen) == self.bs or not self.drop_last: yield tuple(tensor[chosen] for tensor in self.dataset.tensors)
+    def do_item(self, s): return s
+    def do_batch(self, b): return tuple(tensor[b] for tensor in self.dataset.tensors)
 
 def loaders(train, valid, experiment, augmented):
     "Fastai loaders of tensors in memory"

@@ -125,9 +125,16 @@ def _of_object(o):
 
 # %% ../nbs/04_description.ipynb #9960f5e3
 def _of_array(o):
-    "Numbers by a digest of them"
+    "Numbers by a digest of them; objects one by one"
+    if isinstance(o, np.ndarray) and o.dtype.hasobject: return o.shape, o.tolist()
     if isinstance(o, Tensor) and (is_lazy(o) or o.is_meta): return str(o.dtype), None if is_lazy(o) else tuple(o.shape)
     return content_digest(dict(values=o)),
+
+def _of_table(o):
+    "Rows by their hashes, or by all that they hold where something has none, as lists and arrays have"
+    try: rows = pd.util.hash_pandas_object(o).to_numpy()
+    except (TypeError, RuntimeError): rows = o.reset_index().to_numpy()
+    return rows, [*map(str, getattr(o, 'columns', ()))]
 
 def _of_data(o):
     "Sizes, and what is done to each sample"
@@ -159,7 +166,7 @@ _PARTS = [ # what it is, and what it consists of
     (Pipeline, lambda o: [*o.fs]),
     (Function, lambda o: [method.implementation for method in o.methods]), # what fastai calls by types
     ((Tensor, np.ndarray), _of_array),
-    ((pd.DataFrame, pd.Series, pd.Index), lambda o: (pd.util.hash_pandas_object(o).to_numpy(), [*map(str, getattr(o, 'columns', ()))])),
+    ((pd.DataFrame, pd.Series, pd.Index), _of_table),
     (functools.partial, lambda o: (o.func, o.args, o.keywords)),
     (partialmethod, lambda o: (o.func, o.args, o.keywords)),
     (property, lambda o: (o.fget, o.fset)),

@@ -14,7 +14,7 @@ from functools import partial
 from numbers import Integral
 
 import pandas as pd, torch
-from fastai.basics import AvgLoss, Callback, DataLoader, Interpretation, L, Learner, apply, no_random
+from fastai.basics import AvgLoss, Callback, DataLoader, Interpretation, Learner, apply, no_random
 from fastai.callback.progress import ProgressCallback
 from fastai.metrics import accuracy
 from fastcore.basics import detuplify, listify, patch
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import SequentialSampler
+from torch.utils.data import BatchSampler, SequentialSampler, default_collate
 from .cache import CachedTeacher
 from .learners import class_names, from_learner
 from .losses.core import _tensors, as_classes, to_rows
 from .modules import evaluating, logits, unwrap_model
+from .positions import untraced, with_positions
 from .shared import how_to_load, needed, one_loader, random_state_kept
 from .statistics import is_lower_better
 from .teachers import Frozen
@@ -84,10 +85,12 @@ class _Comparison(Callback):
     order, name = 5, 'gather_preds'
     def __init__(self, teacher, metrics):
         self.teacher, self.metrics = teacher, {side: copy.deepcopy(metrics) for side in ('student', 'teacher')}
-        self.sums, self.calibration, self.kl, self.said = 0., {}, [], []
+        self.sums, self.calibration, self.kl, self.said, self.index = 0., {}, [], [], []
         self.batch, self.classes, self.unread = None, True, False
 
     def before_validate(self):
+        self.loader = with_positions(self.learn.dl)
+        if self.loader is not None: self.learn.dl = self.loader
         self.teacher.reset()
         for metrics in self.metrics.values():
             for metric in metrics: metric.reset()
@@ -142,6 +145,8 @@ def count(self:_Comparison, pred, answer, target, axis):
     kl = torch.where(counted, divergence(log_s, log_t), 0.)
     per_sample = lambda values: values.reshape(len(target), -1).sum(1)
     self.kl.append((per_sample(kl)/per_sample(counted).clamp(min=1)).cpu())
+    unknown = self.loader is None or untraced(self.loader.index, len(target))
+    self.index.append(None if unknown else self.loader.index)
     if target.ndim == 1: self.said.append(torch.stack([target, log_s.argmax(1), log_t.argmax(1)], 1).cpu())
     log_s, log_t, labels = (o[counted] for o in (log_s, log_t, target.flatten()))
     self.sums = self.sums + tally(log_s, log_t, labels).cpu()
@@ -436,12 +441,12 @@ def _in_order(values, order):
     "By position in the dataset, where that is known"
     return values if order is None else values[order.argsort(stable=True)]
 
-def _positions(dl, n):
-    "Of `n` samples, in the order in which a loader gave them, the positions in its dataset; None where nobody knows"
-    if not isinstance(dl, (DataLoader, torch.utils.data.DataLoader)): return torch.arange(n)
-    drawn = getattr(dl, '_DataLoader__idxs', None)
-    if drawn is None: return torch.arange(n) if isinstance(getattr(dl, 'sampler', None), SequentialSampler) else None
-    return torch.tensor([*map(int, drawn)][:n]) if isinstance(drawn, (list, L, range)) and len(drawn) >= n else None
+def _positions(comparison, dl):
+    "Of the samples that were compared, in this order, the positions in the dataset; None where nobody knows"
+    if isinstance(dl, DataLoader): return None if any(o is None for o in comparison.index) else torch.cat(comparison.index)
+    batches = dl.batch_sampler if isinstance(dl, torch.utils.data.DataLoader) else None
+    in_order = type(batches) is BatchSampler and type(batches.sampler) is SequentialSampler and dl.collate_fn is default_collate
+    return torch.arange(sum(map(len, comparison.kl))) if in_order or not isinstance(dl, torch.utils.data.DataLoader) else None
 
 # %% ../nbs/41_report.ipynb #b102cced
 def _as_learner(student, teacher):
@@ -504,7 +509,7 @@ def _made(comparison, costs, learn, dl):
     found = comparison.classes and len(comparison.kl) > 0
     note = '' if found else 'no agreement and no calibration: predictions here are not one class out of several'
     if comparison.unread: note += '; '*bool(note) + "nothing of the teacher's by loss and metrics: they read more than a prediction"
-    order = _positions(dl, len(torch.cat(comparison.kl))) if found else None
+    order = _positions(comparison, dl) if found else None
     kl, said = (_in_order(torch.cat(o), order) if found and o else None for o in (comparison.kl, comparison.said))
     order = None if order is None else order.sort()[0]
     return Report(_table(_rows(comparison, costs)), _by_class(comparison, learn) if found else None, learn, dl, kl, said, note, order)
@@ -551,7 +556,7 @@ def disagreements(self:Report,
     said = [[names[i] for i in row] for row in self.said[index].tolist()]
     return pd.DataFrame(said, columns=['label', 'student', 'teacher'], index=self.order[index].tolist()).assign(kl=values.numpy())
 
-_UNKNOWN = 'this loader does not tell which samples of the dataset it gave: give a `dl` that does not shuffle'
+_UNKNOWN = 'this loader does not tell which samples of the dataset it gave: give a `dl` of fastai, one that does not shuffle'
 
 # %% ../nbs/41_report.ipynb #7be28ee6
 @patch

@@ -74,18 +74,24 @@ def content_digest(
     "A short name for the content of tensors"
     digest = hashlib.blake2b(digest_size=16)
     for name, value in values.items():
-        if isinstance(value, np.ndarray): # torch warns of read-only ones, and does not know text
-            value = torch.from_numpy(np.array(value, order='C')) if value.dtype.kind in 'biufc' else value.tolist()
+        if isinstance(value, np.ndarray): value = _as_tensor(value)
         digest.update(f'{name} {getattr(value, "dtype", "")} {tuple(getattr(value, "shape", ()))}'.encode())
+        if isinstance(value, np.ndarray): value = value.tolist() # which, unlike its `repr`, leaves nothing out
         digest.update(_bytes_of(value) if isinstance(value, Tensor) else repr(value).encode())
     return digest.hexdigest()
+
+def _as_tensor(array):
+    "The same numbers as a tensor, however they lie in memory; the array where torch has no such kind, as of dates and text"
+    try: return torch.from_numpy(np.array(array, array.dtype.newbyteorder('='), order='C')) # a copy: torch warns of read-only ones
+    except TypeError: return array
 
 def _bytes_of(tensor):
     "The numbers of a dense, sparse, lazy or quantized tensor"
     tensor = tensor.detach().cpu()
     if tensor.layout is not torch.strided: tensor = tensor.to_dense()
     tensor = tensor.dequantize() if tensor.is_quantized else tensor
-    return tensor.as_subclass(Tensor).resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
+    tensor = tensor.as_subclass(Tensor).resolve_conj().resolve_neg().contiguous()
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy() # dimensions of size 0 and 1 have any stride
 
 # %% ../nbs/02_shared.ipynb #318d3770
 def loader_behind(

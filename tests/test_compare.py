@@ -1,7 +1,10 @@
 "Comparisons: same start and batches for all, what a restart repeats, what is measured, and what is refused."
-import helpers, json, numpy as np, os, pickle, pytest, random, re, signal, subprocess, sys, time, torch, warnings
+import helpers, json, numpy as np, os, pandas as pd, pickle, pytest, random, re, signal, subprocess, sys, time, torch, warnings
 from fastai.basics import Callback, DataLoaders, Learner, accuracy, error_rate, set_seed
 from fastai.callback.tracker import SaveModelCallback
+from fastai.data.block import CategoryBlock, RegressionBlock
+from fastai.metrics import mae
+from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
 from fastkd.all import *
 from fastkd.compare import ALONE, Arm, Comparison, compare, description, is_lower_better, sweep, train_once, weights_digest
 from fastkd.statistics import holm, mean_interval, paired_interval
@@ -584,3 +587,29 @@ def test_a_fit_may_export_its_learner():
     def export(learn): kept.append(pickle.loads(pickle.dumps({**learn.shuffle.__getstate__(), '_learn': None, 'learn': None})))
     train_once(Arm(make, lambda learn, cbs: learn.fit(1, 1e-2, cbs=[*cbs, At('after_epoch', export)])), 1)
     assert kept[0]['n'] > 0 and kept[0]['begun'] == []
+
+# ---- Tables
+
+def table_of(kind):
+    "A new learner of a table with gaps"
+    r = np.random.RandomState(0)
+    df = pd.DataFrame(dict(a=r.randn(60), b=np.where(r.rand(60) < .2, np.nan, r.randn(60)), k=r.choice([*'abc'], 60),
+        y=r.choice([*'uv'], 60), z=r.randn(60)))
+    procs = dict(full=[Categorify, FillMissing, Normalize], numbers=[Normalize], names=[Categorify], regression=[Categorify, Normalize])
+    cats, conts = ([] if kind == 'numbers' else ['k']), dict(names=[], numbers=['a'], regression=['a']).get(kind, ['a', 'b'])
+    y = dict(y_names='z', y_block=RegressionBlock()) if kind == 'regression' else dict(y_names='y', y_block=CategoryBlock())
+    dls = TabularDataLoaders.from_df(df, procs=procs[kind], cat_names=cats, cont_names=conts, valid_idx=[*range(20)], bs=10, **y)
+    learn = tabular_learner(dls, layers=[4], metrics=mae if kind == 'regression' else accuracy)
+    return helpers.quiet(learn)
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('kind', ['full', 'numbers', 'names', 'regression'])
+def test_tables(kind, tmp_path, watched):
+    "Finished runs of tabular learners are found again, and those of another table are not"
+    set_seed(0)
+    teacher = table_of(kind)
+    def taught(): return KnowledgeDistillationCallback(teacher, Logits())
+    go = partial(compare, setups=dict(kd=taught, watch=Watch), fit=fit, seeds=2, path=tmp_path, progress=False)
+    first = go(partial(table_of, kind))
+    assert len(watched) == 2 and go(partial(table_of, kind)).values().equals(first.values()) and len(watched) == 2
+    with pytest.raises(ValueError, match='holds another comparison'): go(partial(table_of, 'names' if kind == 'full' else 'full'))

@@ -5,7 +5,9 @@ from fastai.callback.data import PartialDL
 from fastai.callback.schedule import SchedLin, sched_cos
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import Datasets
+from fastai.data.load import SkipItemException
 from fastai.data.transforms import IndexSplitter
+from fastai.text.data import SortedDL
 from fastai.vision.augment import RandTransform
 from fastkd.all import (CachedTeacher, Ensemble, Itself, KnowledgeDistillationCallback, MeanTeacher, OtherView, SoftTarget, StoredTeacher,
     cos, lin, two_views)
@@ -255,3 +257,37 @@ def test_loaders_without_positions():
     before = weights(learn.model)
     with pytest.raises(ValueError, match='which these loaders do not supply'): learn.fit(1, cbs=Curriculum(trained_teacher()))
     assert same(before, weights(learn.model))
+
+class Broken:
+    "Digits, some of which cannot be read"
+    def __init__(self, bad): self.bad = bad
+    def __len__(self): return 100
+    def __getitem__(self, i):
+        if i in self.bad: raise SkipItemException
+        return digits()[i]
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+@pytest.mark.parametrize('bad', [(0,), (3, 4, 60), (99,), range(0, 100, 2)])
+def test_samples_that_are_skipped(bad, num_workers):
+    "They have no rank, and those after them keep theirs"
+    teacher, learn, drawn = trained_teacher(), learner(), Drawn()
+    learn.dls = DataLoaders(DataLoader(Broken(bad), bs=25, shuffle=True, num_workers=num_workers), learn.dls.valid)
+    curriculum = Curriculum(teacher, start=.3)
+    learn.fit(1, cbs=[curriculum, *drawn.cbs])
+    order = [i for i in easiest(teacher) if i not in {*bad}]
+    assert curriculum.ranking.tolist() == order and {*drawn.positions[0]} == {*order[:30]}
+
+def test_a_number_that_is_missing_is_that_of_the_sample():
+    learn = learner()
+    learn.dls = DataLoaders(DataLoader(Broken((3, 4)), bs=25, num_workers=0), learn.dls.valid)
+    def by(teacher_pred, target, axis): return torch.full((len(target),), 1.).masked_fill(target == digits()[7][1], torch.nan)
+    nan = next(i for i in range(100) if i not in (3, 4) and digits()[i][1] == digits()[7][1])
+    with pytest.raises(ValueError, match=f'gives no number to sample {nan} of'): learn.fit(1, cbs=Curriculum(trained_teacher(), by=by))
+
+@pytest.mark.parametrize('shuffle', [True, False])
+def test_positions_that_come_one_by_one(shuffle):
+    "fastai's loader of texts draws from an iterator, and each epoch what is easiest"
+    learn, drawn, teacher = learner(), Drawn(), trained_teacher()
+    learn.dls = DataLoaders(SortedDL(digits()[:100], bs=25, shuffle=shuffle, num_workers=0, res=[*range(100)]), learn.dls.valid)
+    learn.fit(2, cbs=[Curriculum(teacher, start=.5), *drawn.cbs])
+    assert {*drawn.positions[0]} == {*easiest(teacher)[:50]} and len(drawn.positions[0]) == 100

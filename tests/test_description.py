@@ -1,5 +1,6 @@
 "Descriptions: what differs is told apart, what is the same is the same in every process, and nothing is too deep."
-import argparse, collections, dataclasses, enum, functools, helpers, numpy as np, os, pandas as pd, pytest, subprocess, sys, torch, types
+import argparse, collections, copy, dataclasses, enum, functools, helpers, numpy as np, os, pandas as pd, \
+    pytest, subprocess, sys, torch, types
 from fastai.basics import AccumMetric, AvgMetric, Callback, CrossEntropyLossFlat, L, LabelSmoothingCrossEntropyFlat, SGD, accuracy, \
     error_rate
 from fastai.callback.mixup import MixUp
@@ -14,6 +15,7 @@ from fastai.vision.data import ImageBlock
 from fasttransform import Transform
 from fastkd.all import *
 from fastkd.description import description
+from fastkd.shared import content_digest
 from functools import partial, partialmethod
 from helpers import convnet, learner
 from pathlib import Path
@@ -154,6 +156,7 @@ SCRIPT = """
 import sys; sys.path.insert(0, 'tests')
 from test_description import DIFFERENT, Scale
 from fastkd.description import description
+from fastkd.shared import content_digest
 class Net(Scale):
     def __init__(self):
         super().__init__(1)
@@ -295,3 +298,50 @@ def test_imports_within_a_function(tmp_path, monkeypatch, line):
         run = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], env=env, capture_output=True, text=True, check=True)
         found.append(run.stdout.split())
     assert found[0][0] == found[0][1] != found[1][0] == found[1][1]
+
+# ---- Arrays and tables
+
+X = np.arange(24., dtype='f4').reshape(4, 6)
+SAME = dict(columns_first=np.asfortranarray(X), backwards=X[::-1, ::-1].copy()[::-1, ::-1], every_other=np.repeat(X, 2, 1)[:, ::2],
+    other_byte_order=X.astype('>f4'), read_only=np.broadcast_to(X, X.shape), tensor=torch.tensor(X), transposed=torch.tensor(X.T.copy()).T,
+    lazy=-(-torch.tensor(X)), expanded=torch.tensor(X)[None].expand(2, 4, 6)[0])
+
+@pytest.mark.parametrize('name', SAME)
+def test_strides_are_not_content(name): assert content_digest(dict(x=SAME[name])) == content_digest(dict(x=X))
+
+def strided(*shape, stride): return torch.arange(99.).as_strided(shape, stride)
+
+@pytest.mark.parametrize('given,plain', [
+    (strided(1, 32, stride=(1, 1)), torch.arange(32.)[None]), (strided(1, stride=(7,)), torch.zeros(1)),
+    (strided(1, 1, stride=(32, 32)), torch.zeros(1, 1)), (strided(3, 1, stride=(1, 50)), torch.arange(3.)[:, None]),
+    (strided(1, 1, 0, stride=(0, 5, 3)), torch.zeros(1, 1, 0)), (strided(stride=()), torch.tensor(0.)),
+    (strided(0, stride=(9,)), np.empty(0, 'f4')), (strided(2, 0, stride=(1, 32)), np.empty((2, 0), 'f4'))])
+def test_any_stride_of_one_or_none(given, plain): assert content_digest(dict(x=given)) == content_digest(dict(x=plain))
+
+NAMES = '?', 'i1', 'u2', '>u4', 'u8', 'f2', '>f8', 'g', 'c8', 'c16', 'G', 'O', 'S3', 'U5', 'V4'
+KINDS = [*(np.arange(n).astype(name) for n in (0, 1, 3) for name in NAMES),
+    *(np.empty(shape, kind) for shape in ((0, 3), (3, 0), (0,)) for kind in ('f4', 'f8', 'i4', object)), np.array(3.), np.array(None),
+    *(np.array(o, kind) for o in (['2020-01-01', 'NaT'], ['2020-01-01', '2020-01-02'], '2020-01-01', []) for kind in ('M8[D]', 'M8[ns]')),
+    np.array([1, 2], 'm8[s]'), np.array([(1, 2.)], [('a', 'i4'), ('b', 'f8')]), np.array([(1, 2.)], [('a', 'i4'), ('c', 'f8')]),
+    np.array([(1, [1])], [('a', 'i4'), ('b', object)]), np.array([[1, 2], [3]], object), np.array([[1, 2], [4]], object),
+    np.array([X, X[0]], object), np.array([X, X[1]], object), np.array([{1: X}, {2: X}]), np.array([None, len, convnet])]
+
+def test_arrays_of_any_kind():
+    "Each is told from each other, and is itself when made anew, whatever it holds"
+    found = [description(o) for o in KINDS]
+    assert found == [description(copy.deepcopy(o)) for o in KINDS]
+    alike = [(a, b) for i, a in enumerate(KINDS) for j, b in enumerate(KINDS[:i]) if found[i] == found[j]]
+    assert [(a.dtype, a.shape, b.dtype) for a, b in alike] == [(a.dtype, a.shape, a.dtype.newbyteorder()) for a, b in alike]
+    many = np.zeros(5000, 'M8[s]'), np.arange(5000).astype('M8[s]'), np.array([str(i) for i in range(5000)]), np.array(['0']*5000)
+    assert len({content_digest(dict(x=o)) for o in many}) == 4
+    deep = np.array([np.zeros(5000), None], object), np.array([np.eye(1, 5000, 2500)[0], None], object)
+    assert description(deep[0]) != description(deep[1])
+
+FRAMES = [pd.DataFrame(), pd.DataFrame(columns=['a']), pd.DataFrame(dict(a=[1])), pd.DataFrame(dict(b=[1])), pd.DataFrame(dict(a=[[1]])),
+    pd.DataFrame(dict(a=[[2]])), pd.DataFrame(dict(a=[X])), pd.DataFrame(dict(a=[X + 1])), pd.DataFrame(dict(a=[torch.ones(2)])),
+    pd.DataFrame(dict(a=[torch.zeros(2)])), pd.DataFrame(dict(a=[[1]]), index=[3]), pd.Series([{1: 2}]), pd.Series([{1: 3}]),
+    pd.Series([3, None], dtype='Int64'), pd.Series(pd.Categorical(['u', 'v'])), pd.Index(['a']), pd.MultiIndex.from_tuples([(1, 'a')])]
+
+def test_tables_of_any_kind():
+    found = [description(o) for o in FRAMES]
+    assert found == [description(copy.deepcopy(o)) for o in FRAMES] and len({*found}) == len(FRAMES)

@@ -358,14 +358,28 @@ def test_no_pairs():
         with pytest.raises(TypeError, match='by its positions'): two_views(DataLoaders(train, train))
     with pytest.raises(TypeError, match='the loaders of training and validation, not a DataLoader'): two_views(plain_loader(20, 10))
 
-def test_a_sample_that_is_skipped():
-    "Where a view is missing, the views that follow would be strangers"
-    def create_item(i):
-        if i == 3: raise SkipItemException
+class Broken(torch.utils.data.Dataset):
+    "The first ten digits, some of which cannot be read"
+    def __init__(self, fails): self.fails = fails
+    def __len__(self): return 10
+    def __getitem__(self, i):
+        if self.fails(i): raise SkipItemException
         return digits()[i]
-    learn = learner()
-    learn.dls = two_views(DataLoaders(plain_loader(10, 20, create_item=create_item), plain_loader(10, 20)))
-    with pytest.raises(ValueError, match='where samples are skipped'): fitted(learn, KD(OtherView(), SoftTarget()))
+
+def test_a_sample_that_is_skipped():
+    "Both its views are missing, and the others stay pairs; where one of them is missing, strangers would stand side by side"
+    seen, once = [], iter([True])
+    def run(fails):
+        dl = DataLoader(Broken(fails), bs=6, shuffle=True, num_workers=0)
+        learn, kd = learner(), KD(OtherView(), SoftTarget())
+        learn.dls = two_views(DataLoaders(dl, plain_loader(10, 20)))
+        def note(learn):
+            if learn.training: seen.append((kd._index(), learn.xb[0]))
+        fitted(learn, [kd, At('after_loss', note, nth=0)])
+    run(lambda i: i == 3)
+    assert len(seen) == 6 and {i for index, _ in seen for i in index.tolist()} == {*range(10)} - {3}
+    for index, x in seen: assert torch.equal(index[::2], index[1::2]) and torch.equal(x, torch.stack([digits()[i][0] for i in index]))
+    with pytest.raises(ValueError, match='needs each sample twice, side by side'): run(lambda i: i == 3 and next(once, False))
 
 def test_loaders_travel(tmp_path):
     "Twice is no more than once; what is set on a loader stays; a learner is exported and copied"

@@ -24,6 +24,7 @@ class Mutant(NamedTuple):
 
 CB, LEARNED, TEACHERS, LEARNERS, TABLES, MODULES = (f'{o}.py' for o in ('callback', 'learned', 'teachers', 'learners', 'tables', 'modules'))
 SAVED, MEMORY, MUTUAL, ITSELF, UNLABELLED = (f'{o}.py' for o in ('checkpoints', 'cache', 'mutual', 'itself', 'unlabelled'))
+POSITIONS = 'positions.py'
 CORE, RESPONSE, FEATURE, RELATION, SEQUENCE = (f'losses/{o}.py' for o in ('core', 'response', 'feature', 'relation', 'sequence'))
 FORMULA = 'test_zoo.py::test_value_and_every_gradient'
 
@@ -131,8 +132,20 @@ LOOP = [
         'return labels(self.learn.yb) if True else', 'test_loop_callbacks.py::test_mixup_blends_both_labels'),
     Mutant('labels of tables keep their dimension', CORE, 'target.shape[axis] == 1: target = target.squeeze(axis)', 'False: pass',
         'test_loop_models.py::test_judges_a_table'),
-    Mutant('index shifted by one', CB, 'start = self.learn.iter*dl.bs', 'start = self.learn.iter*dl.bs + 1',
+    Mutant('index shifted by one', POSITIONS, 'self.noted.append(i)', 'self.noted.append(i + 1)',
         'test_callback.py::test_positions_in_the_dataset[0]'),
+    Mutant('the sample that was asked for is noted, and not the one that came', POSITIONS, '[*self.noted] or [s]*(item is s)', '[s]',
+        'test_positions.py::test_what_is_read_is_noted'),
+    Mutant('what is made anew has positions without a trial', POSITIONS, "if places is not None and by_fastai: return True",
+        "if by_fastai: return True", 'test_positions.py::test_refused[before_batch]'),
+    Mutant('bytes of a size of 1 or 0 are read by its stride', 'shared.py', 'tensor.as_strided((tensor.numel(),), (1,))',
+        'tensor.reshape(-1)', 'test_description.py::test_arrays_of_any_kind'),
+    Mutant('samples that are sorted keep their positions', POSITIONS, '[slice(None) if places is None else places]', '',
+        'test_positions.py::test_told[by_number]'),
+    Mutant('whatever collates keeps the order', POSITIONS, 'if places is not None and by_fastai: return True', 'return True',
+        'test_positions.py::test_refused[collate_sorted]'),
+    Mutant('a curriculum counts samples', 'curriculum.py', 'return index[values.argsort(descending=True, stable=True)]',
+        'return values.argsort(descending=True, stable=True)', 'test_curriculum.py::test_samples_that_are_skipped'),
     Mutant('probe moves the random state', CB, 'with no_random(reproducible=False), autocast:', 'with autocast:',
         'test_loop_peer.py::test_probe_leaves_random_states_alone'),
     Mutant('probe moves batch statistics', CB, 'with evaluating(model), torch.no_grad(), fit.captures, _on_sample',
