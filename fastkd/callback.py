@@ -460,8 +460,7 @@ def _start_learning(self:KnowledgeDistillationCallback):
     broadcast(self.loss)
     if not any(p.requires_grad for p in self.loss.parameters()): self._learned = None
     elif self._learned is None or not self._learned.follows(self.learn.opt): self._learned = LearnedParts(self.learn, self.loss)
-    if loaded is not None and loaded['opt'] is not None:
-        self._learned.load_state_dict(loaded['opt'])
+    if loaded is not None and loaded['opt'] is not None: self._learned.load_state_dict(loaded['opt'])
     self._loaded = None
 
 @patch

@@ -234,6 +234,7 @@ def _check_layout(file, saved, here):
             if there != now: raise ValueError(f'{file.name} holds other parameters in group {i}: {there or "none"}, where this learner has '
                 f'{now or "none"}. Is it the same splitter, and are the same layers trained?')
 
+# %% ../nbs/32_checkpoints.ipynb #32000013
 def _check_random(file, saved, here):
     "Raise a ValueError unless the loaders draw in one way"
     drawn = [[(rng is None, len(generators)) for rng, generators in zip(o['shuffling'], o['generators'])] for o in (saved, here)

@@ -105,6 +105,7 @@ def generators_behind(
     "The generators by which a loader and its samplers draw, where they do not draw by torch's global state"
     return [*{id(o.generator): o.generator for o in _drawing(loader) if getattr(o, 'generator', None) is not None}.values()]
 
+# %% ../nbs/02_shared.ipynb #318d3771
 @contextmanager
 def random_state_kept(
     dl, # A loader, or a list of batches
