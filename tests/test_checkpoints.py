@@ -9,6 +9,7 @@ from fastkd.optimizers import gradients, optimizer_state
 from functools import partial
 from helpers import (At, OnCPU, convnet, digits, learner, named_learner, quiet, raising, same, seed_cpu, seeded, slow, started,
     trained_teacher, weights)
+from learning import each_kind
 from torch import nn
 
 def KD(*args, **kwargs): return KnowledgeDistillationCallback(*args, **kwargs)
@@ -553,3 +554,48 @@ def test_killed(tmp_path): check_killed_run(3, tmp_path)
 
 @pytest.mark.slow
 def test_killed_often(tmp_path): check_killed_run(30, tmp_path)
+
+# ---- Before and after other fits
+
+@each_kind
+def test_saved_before_the_first_fit(make, tmp_path):
+    "Without an optimizer, with losses that have learned nothing yet; the callback that goes on may have learned elsewhere"
+    whole, cb, again = learner(path=tmp_path), make(), make()
+    assert whole.opt is None
+    whole.save_checkpoint(cbs=cb)
+    started(whole).fit(2, 1e-2, cbs=cb)
+    for _ in range(2):
+        learn = learner(path=tmp_path)
+        assert learn.load_checkpoint(cbs=again) == 0
+        started(learn).fit(2, 1e-2, cbs=again)
+        assert equal(everything(learn, [again]), everything(whole, [cb]))
+
+def test_a_callback_that_learned_for_another_student(tmp_path):
+    "Of another width; its adapter is made for the student that goes on"
+    cb, whole = adapter(), started(learner(seeded(convnet, 4), path=tmp_path))
+    whole.fit(2, 1e-2, cbs=[cb, CheckpointCallback(every_epoch=True)])
+    other = adapter()
+    started(learner(seeded(convnet, 6))).fit(1, 1e-2, cbs=other)
+    assert [p.shape[1] for p in other.loss.parameters() if p.ndim == 4] == [12]
+    learn = learner(path=tmp_path)
+    learn.fit(2, 1e-2, cbs=other, start_epoch=learn.load_checkpoint('checkpoint_0', cbs=other))
+    assert equal(everything(learn, [other]), everything(whole, [cb])) and [p.shape[1] for p in other.loss.parameters() if p.ndim == 4] == [8]
+
+def test_an_adapter_of_another_optimizer(tmp_path):
+    "Is said, where its state is loaded without a checkpoint"
+    cb, other = adapter(), adapter()
+    started(learner(opt_func=Adam)).fit(1, 1e-2, cbs=cb)
+    other.load_state_dict(cb.state_dict())
+    with pytest.raises(ValueError, match='was trained by another kind of optimizer, with eps, lr, mom, sqr_mom, wd, and this one has lr, mom, wd'):
+        learner(opt_func=SGD).fit(1, 1e-2, cbs=other)
+
+@pytest.mark.parametrize('name', ['adam', 'torch_adamw'])
+def test_flags_of_fastai(name, tmp_path):
+    "A layer that its owner trains while it is frozen, in an optimizer of either kind"
+    first, second = (learner(seeded(convnet, 4), path=tmp_path, splitter=halves, opt_func=optimizer[name], train_bn=False) for _ in range(2))
+    first.create_opt()
+    first.opt.state[first.model.block1[0].weight]['force_train'] = True
+    first.save_checkpoint()
+    second.load_checkpoint()
+    second.freeze()
+    assert [name for name, p in second.model.block1.named_parameters() if p.requires_grad] == ['0.weight']
