@@ -448,14 +448,14 @@ def _start_learning(self:KnowledgeDistillationCallback):
     self.loss.to(device)
     if loaded is not None:
         try:
-            self.loss.load_state_dict(loaded['loss'])
+            unbuilt = loaded['loss'].keys() == self.loss.without_learned().state_dict().keys() # saved before the first fit
+            self.loss.load_state_dict(loaded['loss'], strict=not unbuilt)
             self._load_teachers(loaded)
         except RuntimeError as e: raise ValueError(f'what was saved was learned by other losses or layers than those of {self}: {e}') from e
     broadcast(self.loss)
     if not any(p.requires_grad for p in self.loss.parameters()): self._learned = None
     elif self._learned is None or not self._learned.follows(self.learn.opt): self._learned = LearnedParts(self.learn, self.loss)
-    if loaded is not None and loaded['opt'] is not None:
-        self._learned.opt.load_state_dict(apply(lambda o: o.to(device) if isinstance(o, Tensor) else o, loaded['opt']))
+    if loaded is not None and loaded['opt'] is not None: self._learned.load_state_dict(loaded['opt'])
     self._loaded = None
 
 @patch
@@ -731,6 +731,7 @@ def load_state_dict(self:KnowledgeDistillationCallback,
 ):
     "Go on from a saved state, at the next fit"
     self._loaded, self._learned, self._epochs_done = copy.deepcopy(state), None, state['epochs_done']
+    self.loss = as_sum(self.loss).without_learned() # built anew, of the student that goes on
     if self._fit is not None: self._fit.ready = False # in the middle of a fit: from the next batch on
 
 @patch

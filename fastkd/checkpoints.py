@@ -6,15 +6,23 @@
 __all__ = ['SAFE', 'CheckpointCallback']
 
 # %% ../nbs/32_checkpoints.ipynb #ccbddd45
-import math, numpy as np
+import copy, math, numpy as np, pickle, torch, warnings
 from collections import Counter
-from os import PathLike
-
-import torch
+from contextlib import contextmanager, suppress
 from fastai.basics import Callback, L, Learner, join_path_file
-from fastai.torch_core import get_model, get_random_states, rank_distrib, set_random_states
+from fastai.callback.training import GradientAccumulation
+from fastai.torch_core import distrib_barrier, get_model, get_random_states, rank_distrib, set_random_states
 from fastcore.basics import listify, patch
-from .shared import loader_behind, whole_file
+from itertools import zip_longest
+from os import PathLike
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+from uuid import uuid4
+from weakref import WeakKeyDictionary
+from zipfile import ZipFile
+from .learned import scaler_of, together
+from .optimizers import gradients, load_optimizer_state, optimizer_kind, optimizer_state, set_gradients
+from .shared import generators_behind, loader_behind, whole_file
 
 # %% ../nbs/32_checkpoints.ipynb #8593d045
 def _with_state(learn, cbs):
@@ -27,6 +35,109 @@ def _has_state(cls): return hasattr(cls, 'state_dict') and hasattr(cls, 'load_st
 
 def _name(o): return type(o).__name__
 
+# %% ../nbs/32_checkpoints.ipynb #32000002
+def _loaders(learn): return [loader_behind(dl) for dl in getattr(learn.dls, 'loaders', [])[:2] if hasattr(dl, '__dict__')]
+
+def _random_states(learn):
+    "States of all random numbers that training draws, of Python's own types and tensors"
+    states = get_random_states()
+    kind, keys, *rest = states['numpy_state']
+    rngs = [getattr(loader, 'rng', None) for loader in _loaders(learn)] # fastai's loaders shuffle by a state of their own
+    generators = [[o.get_state() for o in generators_behind(loader)] for loader in _loaders(learn)] # and torch's may
+    return states | dict(numpy_state=(kind, keys.tolist(), *rest), shuffling=[rng and rng.getstate() for rng in rngs], generators=generators)
+
+def _set_random_states(learn, states):
+    "Back to `states`"
+    states = dict(states)
+    shuffling, generators = states.pop('shuffling'), states.pop('generators')
+    if len(states['torch_cuda_state']) != torch.cuda.device_count(): states['torch_cuda_state'] = [] # saved on another machine
+    set_random_states(**states)
+    for loader, rng, saved in zip(_loaders(learn), shuffling, generators):
+        if rng is not None: loader.rng.setstate(rng)
+        for o, state in zip(generators_behind(loader), saved): o.set_state(state)
+
+# %% ../nbs/32_checkpoints.ipynb #32000004
+def _accumulating(learn): return [cb for cb in learn.cbs if isinstance(cb, GradientAccumulation)]
+
+def _fit_state(learn):
+    "What every fit sets up anew"
+    scaler = scaler_of(learn)
+    return dict(scaler=scaler.state_dict() if scaler else {}, waiting=[getattr(cb, 'count', 0) for cb in _accumulating(learn)])
+
+class _FitState(Callback):
+    "Give it to the fit that goes on, once"
+    def __init__(self, state, epoch): self.state, self.first = state, epoch
+    def __reduce__(self): return Callback, () # a learner that is exported before it goes on needs nothing of ours
+
+    def before_train(self):
+        learn, scaler = self.learn, scaler_of(self.learn)
+        if hasattr(learn, 'lr_finder'): return
+        if learn.epoch == self.first:
+            if scaler and self.state['scaler']: scaler.load_state_dict(self.state['scaler'])
+            for cb, count in zip(_accumulating(learn), self.state['waiting']): cb.count = count
+        learn.remove_cb(self)
+
+# %% ../nbs/32_checkpoints.ipynb #32000006
+def _layout(learn):
+    "Kind of the optimizer, and names of the parameters in each of its groups"
+    names = {p: name for name, p in get_model(learn.model).named_parameters()}
+    return dict(optimizer=optimizer_kind(learn.opt), groups=[[names.get(p, 'no parameter of the model') for p in group]
+        for group in learn.opt.param_lists])
+
+def _training(learn):
+    "What is trained, and what waits for a step"
+    params = dict(get_model(learn.model).named_parameters())
+    return dict(frozen_to=learn.opt.frozen_idx, trained=[name for name, p in params.items() if p.requires_grad], grads=gradients(params))
+
+def _set_training(learn, state):
+    "Back to `state`"
+    params, trained = dict(get_model(learn.model).named_parameters()), {*state['trained']}
+    learn.opt.frozen_idx = state['frozen_to']
+    for name, p in params.items(): p.requires_grad_(name in trained)
+    set_gradients(params, state['grads'])
+
+# %% ../nbs/32_checkpoints.ipynb #32000008
+_RUNS = WeakKeyDictionary() # ids of a learner's run, behind those that it went on from
+
+def _runs(learn): return _RUNS.setdefault(learn, [uuid4().hex])
+
+def _is_anothers(learn, file):
+    "Whether there is a file that is not of this learner's run"
+    if not file.exists(): return False
+    try: return _content(file, mmap=True)['opt']['distillation']['runs'][-1] not in _runs(learn)
+    except Exception: return True # damaged, or of another kind
+
+def _check_own(learn, file):
+    "Raise a ValueError where this run would write over another one"
+    if _is_anothers(learn, file):
+        raise ValueError(f'{file} is not of this run, and stays as it is. Go on with the run that wrote it, '
+            f"`start_epoch=learn.load_checkpoint('{file.stem}')`, delete the file, or give this run a name of its own: "
+            f"`CheckpointCallback(fname='another')`, or `learn.save_checkpoint('another')`")
+
+# %% ../nbs/32_checkpoints.ipynb #32000009
+SAFE = [L, np.float64(0).__reduce__()[0], np.dtype, type(np.dtype('float64'))]
+
+def _content(file, **kwargs):
+    "What `file` holds, of types that are safe to read"
+    with torch.serialization.safe_globals(SAFE): return torch.load(file, map_location='cpu', weights_only=True, **kwargs)
+
+def _is_readable(part, state):
+    "Whether `state` can be written to `part` and read again"
+    try:
+        torch.save(state, part)
+        _content(part, mmap=True) # tensors stay on disk
+        return True
+    except (pickle.PickleError, AttributeError, TypeError): return False
+
+def _write(file, content):
+    "Keep `content`, if it can be read again"
+    with whole_file(file) as part: # a run that dies while it writes keeps the one that it had
+        if _is_readable(part, content): return
+        ours = content['opt']['distillation']
+        who = [name for name, state in zip(ours['names'], ours['callbacks']) if not _is_readable(part, state)]
+        raise ValueError(f"the state of {', '.join(who) or 'the model or its optimizer'} cannot be loaded again: a checkpoint holds tensors, "
+            f'numbers, strings, and lists, tuples and dicts of them. {file.name} stays as it is')
+
 # %% ../nbs/32_checkpoints.ipynb #cce71864
 @patch
 def save_checkpoint(self:Learner,
@@ -37,76 +148,157 @@ def save_checkpoint(self:Learner,
     "Save all that a run needs to go on, in one file"
     file = join_path_file(file, self.path/self.model_dir, ext='.pth')
     if rank_distrib(): return file
+    _check_own(self, file)
     if self.opt is None: self.create_opt()
     if epochs_done is None: epochs_done = math.floor(getattr(self, 'pct_train', 0.)*getattr(self, 'n_epoch', 0) + 1e-3)
     names, cbs = _with_state(self, cbs)
     state = dict(names=names, callbacks=[cb.state_dict() for cb in cbs], epochs_done=epochs_done, random=_random_states(self),
-        frozen_to=self.opt.frozen_idx)
-    with whole_file(file) as part: # a run that dies while it writes keeps the one that it had
-        torch.save(dict(model=get_model(self.model).state_dict(), opt=self.opt.state_dict() | dict(distillation=state)), part)
+        runs=_runs(self), fit=_fit_state(self), **_layout(self), **_training(self))
+    _write(file, dict(model=get_model(self.model).state_dict(), opt=optimizer_state(self.opt) | dict(distillation=state)))
     return file
 
 # %% ../nbs/32_checkpoints.ipynb #8a38b4e2
-SAFE = [L, np.float64(0).__reduce__()[0], np.dtype, type(np.dtype('float64'))]
-
 @patch
 def load_checkpoint(self:Learner,
     file='checkpoint', # Name of the file
     cbs=None, # The callbacks whose state was saved, where they are not the learner's
 ) -> int: # Epochs done: `start_epoch` of the fit that goes on
     "Restore what `save_checkpoint` saved"
-    name, file, (names, cbs) = file, join_path_file(file, self.path/self.model_dir, ext='.pth'), _with_state(self, cbs)
-    with torch.serialization.safe_globals(SAFE): opt = torch.load(file, map_location='cpu', weights_only=True)['opt']
-    state = opt.get('distillation')
-    if state is None: raise ValueError(f'{file.name} was not written by `learn.save_checkpoint`')
-    _check_names(file, state.get('names', []), names)
-    n_groups = len(opt['hypers'])
-    if self.opt is None: self.create_opt()
-    if n_groups != len(self.opt.hypers):
-        raise ValueError(f'{file.name} holds {n_groups} parameter groups, and this learner has {len(self.opt.hypers)}: is it the same '
-            'splitter?')
-    self.freeze_to(state['frozen_to'])
-    self.load(name, with_opt=True)
-    for cb, saved in zip(cbs, state['callbacks']): cb.load_state_dict(saved)
-    if not rank_distrib(): _set_random_states(self, state['random']) # other processes draw numbers of their own
+    file, (names, cbs) = join_path_file(file, self.path/self.model_dir, ext='.pth'), _with_state(self, cbs)
+    distrib_barrier()
+    content = _read(file)
+    state = content['opt'].pop('distillation')
+    _check_names(file, state['names'], names)
+    with _undone_on_error(self, cbs):
+        if self.opt is None: self.create_opt()
+        _check_model(file, content['model'], get_model(self.model).state_dict())
+        _check_layout(file, state, _layout(self))
+        _check_random(file, state['random'], _random_states(self))
+        get_model(self.model).load_state_dict(content['model'])
+        load_optimizer_state(self.opt, content['opt'])
+        _set_training(self, state)
+        for cb, saved in zip(cbs, state['callbacks']): cb.load_state_dict(saved)
+        if not rank_distrib(): _set_random_states(self, state['random']) # other processes draw numbers of their own
+    _RUNS[self] = [*state['runs'], uuid4().hex]
+    self.remove_cb(_FitState)
+    if any([state['fit']['scaler'], *state['fit']['waiting']]): self.add_cb(_FitState(state['fit'], state['epochs_done']))
     return state['epochs_done']
 
 # %% ../nbs/32_checkpoints.ipynb #25717b00
+_HELD = {'names', 'callbacks', 'epochs_done', 'random', 'runs', 'fit', 'optimizer', 'groups', 'frozen_to', 'trained', 'grads'}
+
+def _read(file):
+    "What `save_checkpoint` wrote, or a ValueError"
+    with open(file, 'rb') as f: # once: a run may put the next checkpoint in its place
+        try:
+            with ZipFile(f) as archive: damaged = archive.testzip()
+            f.seek(0)
+            content = None if damaged else _content(f)
+        except pickle.UnpicklingError: content = {} # whole, with types that are not ours
+        except Exception as e: raise ValueError(f'{file.name} is damaged, or was not written by `learn.save_checkpoint`: {e}') from e
+    if damaged: raise ValueError(f'{file.name} is damaged: {damaged} in it has another check sum than when it was written')
+    opt = content.get('opt') if isinstance(content, dict) else None
+    state = opt.get('distillation') if isinstance(opt, dict) else None
+    if not isinstance(state, dict) or _HELD - state.keys(): raise ValueError(f'{file.name} was not written by `learn.save_checkpoint`')
+    return content
+
 def _check_names(file, saved, given):
     "Raise a ValueError unless the same callbacks take part"
     missing, more = (', '.join((Counter(a) - Counter(b)).elements()) for a, b in ((saved, given), (given, saved)))
     if missing: raise ValueError(f'{file.name} also holds the state of {missing}: pass all callbacks that were saved, `cbs=[…]`')
     if more: raise ValueError(f'{file.name} holds no state of {more}: pass the callbacks that were saved, `cbs=[…]`, and no others')
 
-def _random_states(learn):
-    "States of all random numbers that training draws, of Python's own types and tensors"
-    states = get_random_states()
-    kind, keys, *rest = states['numpy_state']
-    shuffling = getattr(loader_behind(learn.dls.train), 'rng', None) # fastai's loaders shuffle by a state of their own
-    return states | dict(numpy_state=(kind, keys.tolist(), *rest), shuffling=None if shuffling is None else shuffling.getstate())
+# %% ../nbs/32_checkpoints.ipynb #32000011
+def _described(o): return f"{str(o.dtype).removeprefix('torch.')} of shape {tuple(o.shape)}" if isinstance(o, Tensor) else type(o).__name__
 
-def _set_random_states(learn, states):
-    "Back to `states`"
-    states = dict(states)
-    shuffling = states.pop('shuffling')
-    if len(states['torch_cuda_state']) != torch.cuda.device_count(): states['torch_cuda_state'] = None # saved on another machine
-    set_random_states(**states)
-    if shuffling is not None: loader_behind(learn.dls.train).rng.setstate(shuffling)
+def _check_model(file, saved, here):
+    "Raise a ValueError unless these are weights of one model"
+    wrong = f'{file.name} is of another model, and nothing was loaded:'
+    for name in {**here, **saved}:
+        if name not in saved: raise ValueError(f'{wrong} {name}, {_described(here[name])} here, is not in the file')
+        if name not in here: raise ValueError(f'{wrong} {name}, {_described(saved[name])} in the file, is not in this model')
+        if is_lazy(here[name]): continue # takes its shape from the file
+        there, now = _described(saved[name]), _described(here[name])
+        if there != now: raise ValueError(f'{wrong} {name} is {there} in the file, and {now} here')
+
+def _check_layout(file, saved, here):
+    "Raise a ValueError unless optimizers of one kind step the same parameters"
+    if saved['optimizer'] != here['optimizer']:
+        raise ValueError(f"{file.name} was saved by {saved['optimizer']}, and this learner trains with {here['optimizer']}: make it with the "
+            '`opt_func` that was used')
+    theirs, ours = saved['groups'], here['groups']
+    if len(theirs) != len(ours):
+        raise ValueError(f'{file.name} holds {len(theirs)} parameter groups, and this learner has {len(ours)}: is it the same splitter?')
+    for i, pair in enumerate(zip(theirs, ours)):
+        for there, now in zip_longest(*pair):
+            if there != now: raise ValueError(f'{file.name} holds other parameters in group {i}: {there or "none"}, where this learner has '
+                f'{now or "none"}. Is it the same splitter, and are the same layers trained?')
+
+# %% ../nbs/32_checkpoints.ipynb #32000013
+def _check_random(file, saved, here):
+    "Raise a ValueError unless the loaders draw in one way"
+    drawn = [[(rng is None, len(generators)) for rng, generators in zip(o['shuffling'], o['generators'])] for o in (saved, here)
+        if saved.keys() == here.keys()]
+    if not drawn or any(a != b for a, b in zip(*drawn)):
+        raise ValueError(f'{file.name} was saved with loaders that shuffle in another way: is it a DataLoader of fastai here, and of PyTorch there?')
+
+# %% ../nbs/32_checkpoints.ipynb #32000012
+def _optimizers(learn):
+    "The learner's, and what they wrap"
+    found = [o for o in (learn.opt, learn.opt_func) if hasattr(o, 'param_lists')]
+    return found + [o.opt for o in found if 'opt' in vars(o)]
+
+def _state_now(cb):
+    "A copy of a callback's state, if it has one yet"
+    with suppress(Exception): return copy.deepcopy(cb.state_dict())
+
+@contextmanager
+def _undone_on_error(learn, cbs):
+    "Whatever is raised inside leaves all as it was"
+    model, random = get_model(learn.model), _random_states(learn)
+    weights = {name: o.to('cpu', copy=True) if isinstance(o, Tensor) else copy.deepcopy(o) for name, o in model.state_dict().items()
+        if not is_lazy(o)}
+    training, states = [(p, p.requires_grad, p.grad) for p in model.parameters()], [_state_now(cb) for cb in cbs]
+    kept = [(o, dict(vars(o))) for o in (learn, *_optimizers(learn), *cbs)] # loading puts new objects in their places
+    try: yield
+    except BaseException:
+        model.load_state_dict(weights, strict=False)
+        for p, requires_grad, grad in training: p.requires_grad_(requires_grad).grad = grad
+        for cb, state in zip(cbs, states):
+            with suppress(Exception): cb.load_state_dict(state) # what it wrote over
+        for o, before in kept:
+            vars(o).clear()
+            vars(o).update(before)
+        _set_random_states(learn, random)
+        raise
 
 # %% ../nbs/32_checkpoints.ipynb #d1d6fe93
 class CheckpointCallback(Callback):
     "Save all that a run needs to go on, after every epoch"
     order, run_valid = 62.5, False # after a callback changed the learning rate (62), before another one stops the run (63)
     def __init__(self,
-        fname='checkpoint', # Name of the file
+        fname='checkpoint', # Name of the file; one that another run wrote is not written over
         every_epoch=False, # One file for each epoch, `checkpoint_0`, …, instead of one for the last
     ): self.fname, self.every_epoch = fname, every_epoch
+
+    def before_fit(self):
+        "Write over no other run"
+        if self._is_a_look(): return
+        with together():
+            if rank_distrib(): return
+            for name in {*map(self._name, range(self.n_epoch))}: _check_own(self.learn, self._file(name))
 
     def before_epoch(self): self.trained = False
     def before_train(self): self.trained = True
 
     def after_epoch(self):
         "Save, unless this epoch was skipped by `start_epoch`"
-        if not self.trained or self.learn.lock.locked() or hasattr(self.learn, 'lr_finder'): return
-        file = f'{self.fname}_{self.epoch}' if self.every_epoch else self.fname
-        self.learn.save_checkpoint(file, epochs_done=self.epoch + 1)
+        if not self.trained or self._is_a_look(): return
+        if not rank_distrib() and _is_anothers(self.learn, file := self._file(self._name(self.epoch))):
+            self.fname = f'{self.fname}_{_runs(self.learn)[-1][:8]}'
+            warnings.warn(f'another run wrote {file.name} while this one trained. This one goes on in {self._name(self.epoch)}.pth', stacklevel=2)
+        self.learn.save_checkpoint(self._name(self.epoch), epochs_done=self.epoch + 1)
+
+    def _is_a_look(self): return self.learn.lock.locked() or hasattr(self.learn, 'lr_finder')
+    def _name(self, epoch): return f'{self.fname}_{epoch}' if self.every_epoch else self.fname
+    def _file(self, name): return join_path_file(name, self.learn.path/self.learn.model_dir, ext='.pth')

@@ -18,9 +18,12 @@ from fastai.optimizer import OptimWrapper
 from fastcore.foundation import L
 from torch import Tensor, nn
 from .losses.core import Draws
+from .optimizers import gradients, load_optimizer_state, optimizer_state, set_gradients
 
 # %% ../nbs/27_learned.ipynb #9393303a
 def _distributed(): return dist.is_available() and dist.is_initialized()
+
+def _states(state): return state['state'].values() if isinstance(state['state'], dict) else state['state'] # torch's are numbered
 
 class LearnedParts:
     "Trains the parameters of `loss` beside `learn.opt`"
@@ -37,11 +40,7 @@ class LearnedParts:
 
     def follows(self, opt):
         "Whether `opt` is the student's optimizer, or goes on from it, as the one that `learn.export` leaves"
-        return opt is self.of or any(isinstance(value, Tensor) for state in opt.state.values() for value in state.values())
-
-    def state_dict(self):
-        "State of the optimizer, of Python's own types, which `torch.load` takes for safe"
-        return {key: list(value) if isinstance(value, L) else value for key, value in self.opt.state_dict().items()}
+        return opt is self.of or any(isinstance(value, Tensor) for state in _states(opt.state_dict()) for value in state.values())
 
     def step(self, learn):
         "Follow the student's optimizer through one step"
@@ -52,12 +51,37 @@ class LearnedParts:
         self.skip = False
         self.opt.zero_grad()
 
+# %% ../nbs/27_learned.ipynb #9393303c
+def _plain(o):
+    "Of Python's own types and tensors, which `torch.load` takes for safe"
+    if isinstance(o, dict): return {key: _plain(value) for key, value in o.items()}
+    return [_plain(value) for value in o] if isinstance(o, (L, list)) else o
+
+def _state_dict(self):
+    "What the optimizer needs to go on, and the gradients that wait"
+    return _plain(optimizer_state(self.opt)) | dict(grads=gradients(dict(enumerate(self.params))))
+
+def _load_state_dict(self,
+    state:dict, # What `state_dict` returned
+):
+    "Go on from `state`"
+    state, here = dict(state), optimizer_state(self.opt)
+    grads = state.pop('grads')
+    there, now = (sorted(o.get('hypers', o.get('param_groups'))[0]) for o in (state, here))
+    if (state.keys(), there) != (here.keys(), now):
+        raise ValueError(f"what the losses learned was trained by another kind of optimizer, with {', '.join(there)}, and this one has "
+            f"{', '.join(now)}: make the learner with the `opt_func` that was used")
+    load_optimizer_state(self.opt, state)
+    set_gradients(dict(enumerate(self.params)), grads)
+
+LearnedParts.state_dict, LearnedParts.load_state_dict = _state_dict, _load_state_dict
+
 # %% ../nbs/27_learned.ipynb #52c338c7
 def scaler_of(
     learn, # The student's `Learner`
 ): # None where losses are not scaled; a fit that was interrupted leaves its scaler on the learner
     "The scaler of the running fit"
-    return learn.scaler if any(isinstance(cb, MixedPrecision) for cb in learn.cbs) else None
+    return getattr(learn, 'scaler', None) if any(isinstance(cb, MixedPrecision) for cb in learn.cbs) else None
 
 def _update(self, learn):
     "Average over processes, unscale, clip, step"

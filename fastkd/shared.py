@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['whole_file', 'remove_abandoned', 'needed', 'one_loader', 'how_to_load', 'content_digest', 'loader_behind',
-           'random_state_kept']
+           'generators_behind', 'random_state_kept']
 
 # %% ../nbs/02_shared.ipynb #7f6305b2
 import hashlib, numpy as np, os, random, time, torch
@@ -105,6 +105,13 @@ def _drawing(loader):
     batches = getattr(loader, 'batch_sampler', None)
     return [o for o in (loader, getattr(loader, 'sampler', None), batches, getattr(batches, 'sampler', None)) if o is not None]
 
+def generators_behind(
+    loader, # The loader that draws
+) -> list: # Of torch's generators, each once; none for fastai's loaders
+    "The generators by which a loader and its samplers draw, where they do not draw by torch's global state"
+    return [*{id(o.generator): o.generator for o in _drawing(loader) if getattr(o, 'generator', None) is not None}.values()]
+
+# %% ../nbs/02_shared.ipynb #318d3771
 @contextmanager
 def random_state_kept(
     dl, # A loader, or a list of batches
@@ -115,7 +122,7 @@ def random_state_kept(
     rng, drawing = getattr(loader, 'rng', None), _drawing(loader)
     bare = [o for o in drawing if isinstance(o, RandomSampler) and o.generator is None] if seed is not None else []
     for o in bare: o.generator = torch.Generator()
-    generators = {id(o.generator): o.generator for o in drawing if getattr(o, 'generator', None) is not None}.values()
+    generators = generators_behind(loader)
     states, state = [(o, o.get_state()) for o in generators], rng and rng.getstate()
     try:
         if seed is not None:
