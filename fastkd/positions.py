@@ -6,9 +6,8 @@
 __all__ = ['Positions', 'no_positions', 'check_positions', 'untraced', 'with_positions']
 
 # %% ../nbs/21_positions.ipynb #21d00001
-import copy, random
+import copy, operator, random
 from contextlib import contextmanager
-from numbers import Integral
 
 import numpy as np, torch
 from fastai.basics import DataLoader
@@ -52,6 +51,12 @@ def _places(items, chosen):
         found.append(left.pop(i)[0])
     return found
 
+def _position(i):
+    "A whole number of any kind; None where it is none, as a slice"
+    try: return operator.index(i)
+    except TypeError: return None
+
+# %% ../nbs/21_positions.ipynb #21d0001f
 @contextmanager
 def _random_kept():
     "Random numbers go on afterwards as if nothing had been drawn; not those of a GPU, which worker processes must not touch"
@@ -61,23 +66,26 @@ def _random_kept():
         for give_back, state in zip((random.setstate, np.random.set_state, torch.set_rng_state), states): give_back(state)
 
 # %% ../nbs/21_positions.ipynb #21d0000b
+class _Numbered(tuple): "Positions, and the batch that they are of"
+
 class _Maker(_Proxy):
     "A loader whose batches come with the positions of their samples, or with None"
-    def __init__(self, own): super().__init__(own, noted=[], items=[], made=[], places=None)
+    def __init__(self, own):
+        super().__init__(own, noted=[], items=[], made=[], places=None)
+        self._note(read=_Read(own.dataset, noted=self.noted))
 
-    dataset = property(lambda self: _Read(self._own.dataset, noted=self.noted))
+    dataset = property(lambda self: self.read)
     def create_batches(self, samples):
         for batch in self._run('create_batches', samples):
             place = _places([made for _, made in self.made], [batch])
-            yield (None if place is None else self.made.pop(place[0])[0]), batch
+            yield _Numbered((None if place is None else self.made.pop(place[0])[0], batch))
 
     def create_item(self, s): return self._run('create_item', s)
     def do_item(self, s):
         self.noted.clear()
         item = self._run('do_item', s)
-        read = [*self.noted] or [s]*(item is s) # rows of a table are read later, all at once
-        is_one = len(read) > 0 and isinstance(read[0], Integral) and read.count(read[0]) == len(read)
-        if item is not None: self.items.append((int(read[0]) if is_one else None, item))
+        read = {*map(_position, self.noted or [s]*(item is s))} # rows of a table are read later, all at once
+        if item is not None: self.items.append((read.pop() if len(read) == 1 else None, item))
         return item
 
     def before_batch(self, items):
@@ -117,6 +125,14 @@ def keeps_order(self:_Maker, items, batch, places):
         for x, y in zip(*rows))
 
 # %% ../nbs/21_positions.ipynb #21d0000f
+class _Taken(_Proxy):
+    "What is done to a batch, once its positions are taken from it"
+    def __call__(self, batch):
+        if not isinstance(batch, _Numbered): return self._own(batch)
+        index, batch = batch
+        self.loader._note(index=None if index is None else torch.as_tensor(index))
+        return self._own(tuple(batch) if self.loader.pin_memory and type(batch) is list else batch) # as fastai has it
+
 class Positions(_Proxy):
     "A fastai loader that knows the positions in the dataset of the samples in each batch"
     def __init__(self,
@@ -134,11 +150,7 @@ class Positions(_Proxy):
         fake.dataset, fake.d = fake, self
         return fake
 
-    def after_batch(self, numbered):
-        index, batch = numbered
-        self._note(index=None if index is None else torch.as_tensor(index))
-        if self.pin_memory and type(batch) is list: batch = tuple(batch) # as fastai has it
-        return self._own.after_batch(batch)
+    after_batch = property(lambda self: _Taken(self._own.after_batch, loader=self))
 
 # %% ../nbs/21_positions.ipynb #21d00012
 def no_positions(

@@ -69,6 +69,7 @@ class Ahead(TfmdDL):
         batches = [*super().create_batches(samples)]
         yield from batches[::-1]
 
+def double(x:torch.Tensor): return 2*x
 def number(item): return item[0][0].item()
 def by_number(items): return sorted(items, key=number)
 def even(items): return [o for o in items if number(o) % 2 == 0]
@@ -94,7 +95,8 @@ LOADERS |= dict(worker=partial(of_items, num_workers=1),
 LOADERS |= {cls.__name__: partial(of_items, cls, Items(bad)) for cls, bad in
     ((ReadsNone, ()), (ReadsSome, ()), (ReadsOther, BAD), (Rows, ()), (Buckets, BAD), (Ahead, BAD))}
 LOADERS |= dict(weighted=partial(of_items, WeightedDL, wgts=range(1, 41)), partial=partial(of_items, PartialDL, partial_n=20), twice=twice,
-    iterator=partial(of_items, get_idxs=once), array=partial(of_items, get_idxs=lambda: np.array([*once()])), duplicates=with_copies)
+    iterator=partial(of_items, get_idxs=once), tensor=partial(of_items, get_idxs=lambda: torch.arange(39, 0, -2)),
+    array=partial(of_items, get_idxs=lambda: np.array([*once()])), duplicates=with_copies)
 LOADERS |= {func.__name__: partial(of_items, before_batch=func) for func in (by_number, even, anew)}
 LOADERS |= dict(both=partial(of_items, before_batch=[by_number, even], num_workers=2), collated=partial(of_items, create_batch=collated),
     sorted_and_collated=partial(of_items, before_batch=by_number, create_batch=collated))
@@ -288,6 +290,20 @@ def test_unlabelled_samples_have_none():
     learn.add_cb(Unlabelled([Items(())[i][:1] for i in range(9)]))
     text = error_of(ValueError, learn, KD(StoredTeacher(lambda i: ANSWERS[i])))
     assert 'samples without labels have no position' in text
+
+def test_transforms_are_seen():
+    "Those of a batch can be looked at, called and added to"
+    dl = of_items(after_batch=[double])
+    numbered = with_positions(dl)
+    assert numbered.after_batch.fs is dl.after_batch.fs and numbered.after_batch(torch.ones(2)).tolist() == [2, 2]
+    for x, _ in numbered: assert (2*numbered.index).tolist() == x[:, 0].tolist()
+
+def test_a_worker_that_starts_anew():
+    "Of what it gets by a pickle it makes the same batches"
+    numbered = with_positions(of_items(before_batch=by_number))
+    expected = [numbered.index.tolist() for _ in numbered]
+    fake = pickle.loads(pickle.dumps(numbered.fake_l))
+    assert [index.tolist() for index, _ in fake] == expected and type(fake.d) is Positions
 
 def test_seen_from_outside():
     "Of the class of the loader, with its settings; a copy is one too, and so is what a worker that starts anew gets"

@@ -134,7 +134,7 @@ LOOP = [
         'test_loop_models.py::test_judges_a_table'),
     Mutant('index shifted by one', POSITIONS, 'self.noted.append(i)', 'self.noted.append(i + 1)',
         'test_callback.py::test_positions_in_the_dataset[0]'),
-    Mutant('the sample that was asked for is noted, and not the one that came', POSITIONS, '[*self.noted] or [s]*(item is s)', '[s]',
+    Mutant('the sample that was asked for is noted, and not the one that came', POSITIONS, 'self.noted or [s]*(item is s)', '[s]',
         'test_positions.py::test_what_is_read_is_noted'),
     Mutant('what is made anew has positions without a trial', POSITIONS, "if places is not None and by_fastai: return True",
         "if by_fastai: return True", 'test_positions.py::test_refused[before_batch]'),
