@@ -224,7 +224,9 @@ def _rounded(source, made, batches):
     ready.write_bytes(source.content)
     _need('onnxruntime.quantization.shape_inference').quant_pre_process(str(ready), str(ready), skip_symbolic_shape=True)
     _slim(ready)
-    if batches is None and any(o.op_type == 'Conv' for o in _need('onnx').load(ready).graph.node):
+    nodes = _need('onnx').load(ready).graph.node
+    settings['nodes_to_exclude'] = [o.name for o in nodes if o.op_type == 'Attention' and not o.domain] # ONNX's has no weights
+    if batches is None and any(o.op_type == 'Conv' for o in nodes):
         warnings.warn('convolutions stay as they are without calibration batches: dl=learn.dls.train', stacklevel=4)
     with _quiet():
         if batches is None: quantization.quantize_dynamic(str(ready), str(made), op_types_to_quantize=_DYNAMIC, **settings)

@@ -120,6 +120,15 @@ class Integers:
             last.append((state, cell))
         return np.stack(both, 1).astype(np.float32), *(np.stack(o).astype(np.float32) for o in zip(*last))
 
+    def QAttention(self, node, x, w, bias, x_scale, w_scale, mask, x_zero, w_zero, past):
+        assert mask is None and past is None
+        given = settings(node)
+        n, width = given['num_heads'], w.shape[1]//3
+        qkv = product(self.multiply, x, x_zero, w, w_zero)*(x_scale*w_scale.astype(float)) + bias
+        q, k, v = (o.reshape(*x.shape[:2], n, -1).swapaxes(1, 2) for o in np.split(qkv, 3, -1))
+        scores = np.exp(q @ k.swapaxes(2, 3)/(width/n)**.5)
+        return [((scores/scores.sum(-1, keepdims=True)) @ v).swapaxes(1, 2).reshape(*x.shape[:2], width).astype(np.float32)]
+
 class Reader(nn.Module):
     "Two recurrent layers over words"
     def __init__(self, **kwargs):
@@ -267,3 +276,40 @@ def test_integers_of_the_model_stay(way, tmp_path):
     whole = [to_array(o).tolist() for o in integers(small.file).values() if o.data_type == onnx.TensorProto.INT8]
     assert whole == [learn.model.signs.tolist()]
     assert (small(*xb) - source(*xb)).abs().max() < .05
+
+def test_attention_of_onnxruntime(tmp_path, monkeypatch):
+    "A file from elsewhere, with the operator that onnxruntime has for itself"
+    make, value = onnx.helper, lambda name, *shape: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+    stored = [onnx.numpy_helper.from_array(np.random.default_rng(i).uniform(-1, 1, shape).astype(np.float32), name)
+        for i, (name, shape) in enumerate([('weight', (32, 96)), ('bias', (96,))])]
+    node = make.make_node('Attention', ['x', 'weight', 'bias'], ['y'], name='attention', domain='com.microsoft', num_heads=4)
+    graph = make.make_graph([node], 'attention', [value('x', 'batch', 5, 32)], [value('y', 'batch', 5, 32)], stored)
+    versions = [make.make_opsetid('', 17), make.make_opsetid('com.microsoft', 1)]
+    onnx.save(make.make_model(graph, opset_imports=versions, ir_version=9), tmp_path/'attention.onnx')
+    x = torch.rand(20, 5, 32)
+    small = quantize_onnx(tmp_path/'attention.onnx', tmp_path/'int8.onnx', valid=[x])
+    exact = Integers(small.file)(x)
+    assert {o.data_type for o in integers(small.file).values()} == {onnx.TensorProto.UINT8}
+    assert (small(x) - exact).abs().max() < 1e-5 and torch.equal(Integers(small.file, in_16_bits)(x), exact)
+    without_moving(monkeypatch)
+    signed = quantize_onnx(tmp_path/'attention.onnx', tmp_path/'signed.onnx', valid=[x], limit=10)
+    assert (Integers(signed.file, in_16_bits)(x) - exact).abs().max() > .1
+
+class Heads(nn.Module):
+    "Attention as torch has it"
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.head = nn.Linear(16, 96), nn.Linear(32, 5)
+
+    def forward(self, x):
+        qkv = self.qkv(x).view(x.shape[0], 6, 3, 4, 8).permute(2, 0, 3, 1, 4)
+        return self.head(nn.functional.scaled_dot_product_attention(*qkv).transpose(1, 2).reshape(x.shape[0], 6, 32).mean(1))
+
+def test_attention_of_onnx(tmp_path):
+    "An operator of the same name, from version 23 on, that has no weights: it stays, and what is around it becomes integers"
+    learn = quiet(Learner(loaders([(torch.randn(6, 16), 0) for _ in range(40)], bs=20), seeded(Heads), CrossEntropyLossFlat()))
+    source, x = export_onnx(learn, tmp_path/'heads.onnx', opset=23), learn.dls.valid.one_batch()[0]
+    small = quantize_onnx(source, tmp_path/'int8.onnx', valid=learn.dls.valid)
+    found = [o.op_type for o in onnx.load(small.file).graph.node]
+    assert found.count('Attention') == 1 and found.count('MatMulInteger') == 2
+    assert (small(x) - source(x)).abs().max() < .02
