@@ -444,6 +444,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fastkd.export._rounded': ('export.html#_rounded', 'fastkd/export.py'),
                                'fastkd.export._samples': ('export.html#_samples', 'fastkd/export.py'),
                                'fastkd.export._slim': ('export.html#_slim', 'fastkd/export.py'),
+                               'fastkd.export._unsigned': ('export.html#_unsigned', 'fastkd/export.py'),
                                'fastkd.export.export_onnx': ('export.html#export_onnx', 'fastkd/export.py'),
                                'fastkd.export.export_program': ('export.html#export_program', 'fastkd/export.py'),
                                'fastkd.export.quantize_onnx': ('export.html#quantize_onnx', 'fastkd/export.py'),

@@ -188,6 +188,17 @@ def _slim(file, classes=None):
     if classes and len(classes) in widths: onnx.helper.set_model_props(model, dict(classes=json.dumps([*map(str, classes)])))
     onnx.save(model, file)
 
+# %% ../nbs/43_export.ipynb #f2cc0d78
+def _unsigned(file, source):
+    "Signed integers of eight bits as unsigned ones around 128, with the same values"
+    onnx = _need('onnx')
+    model, before = onnx.load(file), {o.name for o in onnx.load(source).graph.initializer}
+    for o in model.graph.initializer:
+        if o.data_type != onnx.TensorProto.INT8 or o.name in before: continue
+        moved = onnx.numpy_helper.to_array(o).astype('int16') + 128
+        o.CopyFrom(onnx.numpy_helper.from_array(moved.astype('uint8'), o.name))
+    onnx.save(model, file)
+
 # %% ../nbs/43_export.ipynb #9e376b7e
 _DYNAMIC = ['MatMul', 'Attention', 'LSTM', 'Gather', 'EmbedLayerNormalization', 'Transpose'] # all that ONNX Runtime has but Conv
 
@@ -214,11 +225,14 @@ def _rounded(source, made, batches):
     ready.write_bytes(source.content)
     _need('onnxruntime.quantization.shape_inference').quant_pre_process(str(ready), str(ready), skip_symbolic_shape=True)
     _slim(ready)
-    if batches is None and any(o.op_type == 'Conv' for o in _need('onnx').load(ready).graph.node):
+    nodes = _need('onnx').load(ready).graph.node
+    settings['nodes_to_exclude'] = [o.name for o in nodes if o.op_type == 'Attention' and not o.domain] # ONNX's has no weights
+    if batches is None and any(o.op_type == 'Conv' for o in nodes):
         warnings.warn('convolutions stay as they are without calibration batches: dl=learn.dls.train', stacklevel=4)
     with _quiet():
         if batches is None: quantization.quantize_dynamic(str(ready), str(made), op_types_to_quantize=_DYNAMIC, **settings)
         else: quantization.quantize_static(str(ready), str(made), batches, **settings)
+    _unsigned(made, ready)
     kinds = _need('onnx').TensorProto
     if not any(o.data_type in (kinds.INT8, kinds.UINT8) for o in _need('onnx').load(made).graph.initializer): raise ValueError(
         f'nothing in {source} became integers: convolutions need calibration batches, such as `learn.dls.train`')

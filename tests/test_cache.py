@@ -753,16 +753,43 @@ def test_text_classifier():
     assert same(trained(KD(cached), make=make), trained(KD(model(1)), make=make))
     assert (cached.hits, cached.misses) == (80, 40)
 
-def test_a_recurrent_language_model_is_refused():
+class Elman(nn.Module):
+    "A recurrent language model made of products alone, which every processor has in bfloat16, unlike torch's LSTM"
+    def __init__(self, remembers=True):
+        super().__init__()
+        self.embed, self.step, self.head = nn.Embedding(50, 12), nn.Linear(28, 16), nn.Linear(16, 50)
+        self.remembers = remembers
+        self.reset()
+
+    def reset(self): self.state = torch.zeros(10, 16)
+
+    def forward(self, x):
+        if not self.remembers: self.reset()
+        state, states = self.state[:len(x)], []
+        for word in self.embed(x).unbind(1):
+            state = self.step(torch.cat([word, state], 1)).tanh().float()
+            states.append(state)
+        self.state = torch.cat([state.detach(), self.state[len(x):]])
+        return self.head(torch.stack(states, 1)), states, states # as fastai's
+
+def awd_lstm(): return get_language_model(AWD_LSTM, 50, {**awd_lstm_lm_config, 'emb_sz': 12, 'n_hid': 16, 'n_layers': 2})
+
+@pytest.mark.parametrize('make,cbs', [(awd_lstm, []), (Elman, []), (Elman, [OnCPU(AMPMode.BF16)])], ids=['lstm', 'elman', 'bfloat16'])
+def test_a_recurrent_language_model_is_refused(make, cbs):
     "Its answer depends on the batch before: said before the first step, and autocast is off"
-    config = {**awd_lstm_lm_config, 'emb_sz': 12, 'n_hid': 16, 'n_layers': 2}
-    def model(seed): return seeded(get_language_model, AWD_LSTM, 50, config, seed=seed)
     samples = [(x[:-1], x[1:]) for x in torch.randint(2, 50, (40, 11))]
-    for cbs in [], [OnCPU(AMPMode.BF16)]:
-        learn = text_learner(samples, model(0), loss_func=CrossEntropyLossFlat(axis=-1))
-        before = weights(learn.model)
-        with pytest.raises(ValueError, match='depends on more than the sample'): learn.fit(1, cbs=[KD(CachedTeacher(model(1))), *cbs])
-        assert same(weights(learn.model), before) and not torch.is_autocast_enabled('cpu')
+    learn = text_learner(samples, seeded(make), loss_func=CrossEntropyLossFlat(axis=-1))
+    before = weights(learn.model)
+    cached = CachedTeacher(seeded(make, seed=1))
+    with pytest.raises(ValueError, match='depends on more than the sample'): learn.fit(1, cbs=[KD(cached), *cbs])
+    assert same(weights(learn.model), before) and not torch.is_autocast_enabled('cpu')
+
+@pytest.mark.parametrize('cbs', [[], [OnCPU(AMPMode.BF16)]], ids=['float32', 'bfloat16'])
+def test_a_recurrent_model_that_forgets_is_kept(cbs):
+    "What is refused is the memory, and not the architecture"
+    samples, cached = [(x[:-1], x[1:]) for x in torch.randint(2, 50, (40, 11))], CachedTeacher(seeded(Elman, False, seed=1))
+    text_learner(samples, seeded(Elman), loss_func=CrossEntropyLossFlat(axis=-1)).fit(2, cbs=[KD(cached), *cbs])
+    assert (cached.hits, cached.misses) == (40, 40)
 
 def test_together_with_positions_and_metrics():
     "Losses that ask for positions, and what is shown of the teacher"
