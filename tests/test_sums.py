@@ -113,6 +113,7 @@ def test_layers_of_one_side(layers, said):
 def test_unknown_setting():
     with pytest.raises(TypeError, match='SoftTarget has no setting temperature; its settings: T, standardize'): SoftTarget(temperature=4)
     with pytest.raises(TypeError, match='Logits has no setting p; its settings: none'): as_sum(partial(Logits, p=2))
+    with pytest.raises(TypeError, match=r'no setting normalize; .*What you mean is NormalizedKD\(\)'): DecoupledKD(normalize=True)
 
 def test_functions_with_other_parameters():
     with pytest.raises(TypeError, match='mse_loss asks for input.*by one that does: `lambda pred, teacher_pred'): as_sum(nn.MSELoss())

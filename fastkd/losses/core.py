@@ -57,6 +57,7 @@ class Loss(nn.Module):
     why_silent = None # What it may mean that it is 0 for long
     positive, at_least, below, whole = (), {}, {}, () # Settings > 0; with a least value; with a bound; whole numbers
     fixed = () # Settings that are read once, by `build`: no schedule moves them
+    elsewhere = {} # Settings that users look for here -> the loss that has them
 
     def __new__(cls, *args, **kwargs):
         if any(isinstance(arg, Tensor) for arg in (*args, *kwargs.values())):
@@ -65,8 +66,10 @@ class Loss(nn.Module):
             raise TypeError(f"settings go into the constructor and tensors into the call: {cls.__name__}({settings})({inputs})")
         known = list(inspect.signature(cls.__init__).parameters)[1:]
         if unknown := [name for name in kwargs if name not in known]:
+            meant = [cls.elsewhere[name] for name in unknown if name in cls.elsewhere]
             raise TypeError(f"{cls.__name__} has no setting {', '.join(unknown)}; its settings: {', '.join(known) or 'none'}" +
-                ('; the callback takes weight and schedule' if {*unknown} & {'weight', 'schedule'} else ''))
+                ('; the callback takes weight and schedule' if {*unknown} & {'weight', 'schedule'} else '') +
+                (f'. What you mean is {meant[0]}' if meant else ''))
         return super().__new__(cls)
 
     def __init__(self):

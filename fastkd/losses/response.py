@@ -99,6 +99,7 @@ def split_by_target(
 class DecoupledKD(LabelledResponseLoss):
     "KL divergence in two parts, of the target class and among all others, times T² (Zhao et al. 2022, eq. 7)"
     usual_weight, positive, at_least = 1, ('T',), dict(alpha=0, beta=0)
+    elsewhere = dict(normalize='NormalizedKD()')
     def __init__(self,
         T:float=4, # Temperature, > 0
         alpha:float=1., # Factor of the target class, >= 0
