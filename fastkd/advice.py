@@ -6,6 +6,7 @@
 __all__ = ['teacher_at_chance', 'larger_share', 'classes_that_coexist', 'unbalanced_parts', 'predicts_probabilities']
 
 # %% ../nbs/28_advice.ipynb #9a7f7d36
+import math
 from dataclasses import replace
 
 import torch
@@ -76,6 +77,8 @@ def unbalanced_parts(
     for part in loss.parts:
         if part.factor == 0 or getattr(part.loss, 'starts_silent', False): continue
         size = part.factor*_gradient_size(values[part.name], params, scale)
+        if scale == 1 and not math.isfinite(size): raise ValueError(f'{part}: its gradient on the student is not finite, though its value is. '
+            'A root or a logarithm has none at 0, so add a small number first: (x + 1e-8).sqrt()')
         share, reason = weight*size/(task_weight*of_task or 1), (reasons or {}).get(part.name)
         if weight*size < quiet*task_weight*of_task: said[part.name] = _too_quiet(loss, part, share, reason)
         elif of_task > 0 and size > loud*of_task: said[part.name] = _too_loud(loss, part, size/of_task)
@@ -101,14 +104,35 @@ def _too_loud(loss, part, share):
         f'task loss, the factor is {equal:g}: loss={_with_factor(loss, part, equal)}')
 
 # %% ../nbs/28_advice.ipynb #0867e3ef
+def last_activation(
+    pred:Tensor, # Predictions `(bs, n_classes, ...)`, None where they were not asked for
+    target=None, # Labels; a sigmoid shows only where they are classes, or 0 and 1
+    axis:int=1, # Dimension that holds the classes
+): # 'softmax' or 'sigmoid'; None where predictions may well be logits
+    "What a model seems to end in"
+    if pred is None or not pred.is_floating_point() or not pred.numel() or not ((0 <= pred) & (pred <= 1 + 1e-3)).all(): return None
+    total = pred.float().sum(axis) if pred.ndim > 1 and pred.shape[axis] > 1 else pred.new_zeros(1)
+    if torch.allclose(total, torch.ones_like(total), atol=1e-2): return 'softmax'
+    y = target.y if isinstance(target, Mixed) else target
+    are_classes = isinstance(y, Tensor) and (not y.is_floating_point() or ((y == 0) | (y == 1)).all())
+    return 'sigmoid' if are_classes and pred.numel() >= 16 and pred.min() < pred.max() else None
+
 def predicts_probabilities(
     pred:Tensor, # Predictions `(bs, n_classes, ...)`, None where they were not asked for
-    side:str, # 'student' or 'teacher'
+    side:str, # 'student' or 'teacher', or the place of a teacher in an ensemble, '0'
     axis:int=1, # Dimension that holds the classes
+    target=None, # Labels
 ): # A message, or None
-    "What to say of a model that ends in a softmax"
-    if pred is None or pred.ndim < 2 or pred.shape[axis] < 2 or not pred.is_floating_point(): return None
-    total = pred.float().sum(axis)
-    if (pred < 0).any() or not torch.allclose(total, torch.ones_like(total), atol=1e-2): return None
-    return (f"the {side}'s predictions are probabilities: none is negative, and they sum to 1. Losses expect logits, so leave out its last "
-        'softmax, or take the logarithm: KnowledgeDistillationCallback(…, logits=lambda output: output.log())')
+    "What to say of a model that ends in a softmax or a sigmoid"
+    found = last_activation(pred, target, axis)
+    if found is None: return None
+    whose, line = _REMEDIES.get(side, (f'the predictions of teacher {side} in the ensemble', 'put {wrapped} in its place'))
+    return f'{whose} are probabilities: none is negative, and {_SHOWN[found]}. Losses expect logits: {line.format(**_WORDS[found])}'
+
+_SHOWN = dict(softmax='they sum to 1', sigmoid='none is above 1')
+_WORDS = dict(softmax=dict(last='softmax', kind='probabilities', inverse='probs_to_logits', wrapped='ProbabilityTeacher(teacher)'),
+    sigmoid=dict(last='sigmoid', kind='binary_probabilities', inverse='partial(probs_to_logits, binary=True)',
+        wrapped='ProbabilityTeacher(teacher, binary=True)'))
+_REMEDIES = dict(teacher=("the teacher's predictions", "say so, KnowledgeDistillationCallback(…, returns='{kind}')"),
+    student=("the student's predictions", "leave out the model's last {last}, which spoils the task loss, too. If it has to stay, take the "
+        'logits of its predictions for the distillation: KnowledgeDistillationCallback(…, logits=({inverse}, logits))'))

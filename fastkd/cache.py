@@ -402,6 +402,9 @@ def reset(self:CachedTeacher):
 @patch(as_prop=True)
 def live(self:CachedTeacher): return self.teacher.live
 
+@patch(as_prop=True)
+def voices(self:CachedTeacher): return getattr(self.teacher, 'voices', ())
+
 @patch
 def _give_up(self:CachedTeacher, asked):
     "Say that nothing repeats, and step aside; what earlier runs wrote stays"

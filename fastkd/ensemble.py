@@ -126,6 +126,12 @@ def wants(self:Ensemble):
     own = ('target',) if self.weights == 'confidence' else ()
     return tuple(dict.fromkeys([*own, *(name for teacher in self.teachers for name in getattr(teacher, 'wants', ()))]))
 
+@patch(as_prop=True)
+def voices(self:Ensemble):
+    "The places of the teachers, and those of teachers within"
+    within = [(str(i), getattr(teacher, 'voices', ())) for i, teacher in enumerate(self.teachers)]
+    return tuple(name for i, names in within for name in (i, *(f'{i}.{own}' for own in names)))
+
 @patch
 def for_student(self:Ensemble, learn, axis=1):
     "Learners among the teachers speak the student's language from here on"

@@ -254,13 +254,6 @@ def test_ignored_batch(ignore, n):
 
 # ---- Warnings
 
-def messages(learn, *cbs, n_fits=1):
-    "What is said in fits"
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter('always')
-        for _ in range(n_fits): fitted(learn, cbs)
-    return [str(o.message) for o in said if issubclass(o.category, UserWarning)]
-
 HEALTHY = dict(soft_target=lambda: SoftTarget(T=4), sum=lambda: SoftTarget(T=4) + (30*Attention()).on(BLOCKS, BLOCKS)
     + (3*FitNet()).on('block2', 'block2') + (30000*PKT()).on('head.1', 'head.1'), logits=Logits)
 
