@@ -483,9 +483,6 @@ def reset(self:CachedTeacher):
 @patch(as_prop=True)
 def live(self:CachedTeacher): return self if self.source is None else self.teacher.live
 
-@patch(as_prop=True)
-def voices(self:CachedTeacher): return getattr(self.teacher, 'voices', ())
-
 @patch
 def _give_up(self:CachedTeacher, asked):
     "Say that nothing repeats, and step aside; what earlier runs wrote stays"
@@ -497,6 +494,10 @@ def _give_up(self:CachedTeacher, asked):
     warnings.warn(f'of {asked} inputs in the last epoch the teacher had seen almost none before, so answers are no longer kept. Random '
         'augmentation does that: leave it out to train with a cache, or take the teacher without one, at the same price' + full,
         stacklevel=2)
+
+# %% ../nbs/23_cache.ipynb #040301c0
+@patch(as_prop=True)
+def voices(self:CachedTeacher): return getattr(self.teacher, 'voices', ())
 
 # %% ../nbs/23_cache.ipynb #23c00024
 SHARD_BYTES = 2**26 # blocks of a batch each are written together, in files of about 64 MB

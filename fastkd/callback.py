@@ -53,12 +53,6 @@ class _Arguments(Callback):
             raise TypeError(f"{cls.__name__} has no argument {name}: {_ELSEWHERE.get(name, 'those that it has are ' + ', '.join(known))}")
         return super().__new__(cls)
 
-def _both_sides(functions):
-    "What finds the student's prediction, and what finds the teacher's"
-    pair = functions if isinstance(functions, (tuple, list)) else (functions, functions)
-    if len(pair) == 2 and all(map(callable, pair)): return pair
-    raise TypeError(f"logits is a function, or a pair of them, the student's and the teacher's, not {functions!r}")
-
 class KnowledgeDistillationCallback(_Arguments):
     "Blend what a teacher says into the loss of every training batch"
     order, run_valid = 5, False
@@ -89,6 +83,13 @@ class KnowledgeDistillationCallback(_Arguments):
         self._fit, self._learned, self._loaded, self._student, self._epochs_done, self._warned = None, None, None, None, 0, set()
 
     def __repr__(self): return f'{type(self).__name__}({self.loss}, weight={self.weight:g})'
+
+# %% ../nbs/30_callback.ipynb #d0f7983f
+def _both_sides(functions):
+    "What finds the student's prediction, and what finds the teacher's"
+    pair = functions if isinstance(functions, (tuple, list)) else (functions, functions)
+    if len(pair) == 2 and all(map(callable, pair)): return pair
+    raise TypeError(f"logits is a function, or a pair of them, the student's and the teacher's, not {functions!r}")
 
 # %% ../nbs/30_callback.ipynb #2a2d7641
 def _check_number(name, value):
@@ -261,13 +262,13 @@ def _numbered(dl):
     return dl.n == len(dl.dataset) # a language model's loader cuts its texts into other samples
 
 @patch
-def _ask(self:KnowledgeDistillationCallback, teacher, xb, pred, fm_s, voices=()):
-    "The teacher's answer for a batch, or for its first samples, given what the student says of them; or that of each of its `voices`"
+def _ask(self:KnowledgeDistillationCallback, teacher, xb, pred, fm_s, layers=()):
+    "The teacher's answer for a batch, or for its first samples, given what the student says of them; with more `layers` than usual"
     n = len(_tensors(xb)[0])
     known = dict(index=lambda: self._index()[:n], target=lambda: first_samples(self._target(), n), student_pred=pred.detach,
         fm_s=lambda: {name: value.detach() for name, value in fm_s.items()})
     more = {name: known[name]() for name in teacher.wants}
-    return teacher.outputs(xb, voices or self._fit.teachers, pred=self._fit.wants_pred and not voices, **more)
+    return teacher.outputs(xb, list(dict.fromkeys((*self._fit.teachers, *layers))), pred=self._fit.wants_pred, **more)
 
 @patch
 def _index(self:KnowledgeDistillationCallback):
@@ -422,7 +423,6 @@ def _look(self:KnowledgeDistillationCallback):
         self._check_prediction(output, pred)
         fit.shape = pred.shape
         teacher_pred, fm_t = self._ask_once(one, pred, fm_s)
-        fit.said = self._listen_to_each(pred, fm_s)
         if 'mask' in fit.wants: self._mask()
     fit.shapes = {name: tuple(value.shape[1:]) for name, value in fm_s.items()}
     reset_state(model)
@@ -448,9 +448,13 @@ def _on_sample(who, one, remedy=''):
 
 @patch
 def _ask_once(self:KnowledgeDistillationCallback, one, pred, fm_s):
-    "The teacher's answer for one sample"
-    teacher = self._fit.teacher
-    with _on_sample(teacher, one, '; `teacher_input` can make another input of it'): return self._ask(teacher.live, one, pred, fm_s)
+    "The teacher's answer for one sample; of single teachers it is kept what to say, since their mean hides that one predicts probabilities"
+    fit, teacher = self._fit, self._fit.teacher
+    voices = teacher.voices if fit.wants_pred else ()
+    with _on_sample(teacher, one, '; `teacher_input` can make another input of it'):
+        teacher_pred, fm_t = self._ask(teacher.live, one, pred, fm_s, voices)
+    fit.said = {f'voice {name}': predicts_probabilities(fm_t[name], name, fit.axis) for name in voices}
+    return teacher_pred, {name: value for name, value in fm_t.items() if name in fit.teachers}
 
 # %% ../nbs/30_callback.ipynb #159f4604
 @patch
@@ -458,6 +462,15 @@ def _check_captured(self:KnowledgeDistillationCallback, fm_s):
     "Every student layer has run"
     if missing := [name for name in self._fit.students if name not in fm_s]: raise missing_layer('student', self.learn.model, missing[0])
 
+@patch
+def _check_finite(self:KnowledgeDistillationCallback, teacher_pred, fm_t):
+    "The teacher's answer is made of finite numbers"
+    answer = {f"layer '{name}'": value for name, value in fm_t.items()} | ({} if teacher_pred is None else dict(prediction=teacher_pred))
+    for what, value in answer.items():
+        if not (value.isnan() | (value == math.inf)).any(): continue # -inf is a class or a position that is ruled out
+        raise ValueError(f"the teacher's {what} is not finite on the first training sample: {self._fit.teacher}")
+
+# %% ../nbs/30_callback.ipynb #dd9fef0b
 def _is_finite(value):
     "Whether none of the numbers is NaN or inf, as a tensor; -inf is a class or a position that is ruled out"
     return value.detach().sum(dtype=torch.float64 if value.dtype == torch.float64 else torch.float32) < math.inf
@@ -472,23 +485,6 @@ def _check_prediction(self:KnowledgeDistillationCallback, output, pred):
     if _is_finite(pred) or not _all_finite(output): return
     raise ValueError(f"what logits={name} makes of the student's output is not finite, and the output is: the function is applied to the "
         'student, and to a teacher that is a module or a Learner. A pair of functions is one for each, logits=(of_student, of_teacher)')
-
-@patch
-def _listen_to_each(self:KnowledgeDistillationCallback, pred, fm_s):
-    "Warnings of single teachers in an ensemble, whose mean hides that they predict probabilities"
-    fit, voices = self._fit, self._fit.teacher.voices
-    if not voices or not fit.wants_pred: return {}
-    target = self._target()
-    answers = self._ask(fit.teacher.live, self.learn.xb, pred, fm_s, voices)[1]
-    return {f'voice {name}': predicts_probabilities(value, name, fit.axis, target) for name, value in answers.items()}
-
-@patch
-def _check_finite(self:KnowledgeDistillationCallback, teacher_pred, fm_t):
-    "The teacher's answer is made of finite numbers"
-    answer = {f"layer '{name}'": value for name, value in fm_t.items()} | ({} if teacher_pred is None else dict(prediction=teacher_pred))
-    for what, value in answer.items():
-        if not (value.isnan() | (value == math.inf)).any(): continue # -inf is a class or a position that is ruled out
-        raise ValueError(f"the teacher's {what} is not finite on the first training sample: {self._fit.teacher}")
 
 # %% ../nbs/30_callback.ipynb #9882e972
 @patch
@@ -713,8 +709,9 @@ def _advise(self:KnowledgeDistillationCallback, task, parts, given):
     teacher, said = self._fit.teacher, {}
     if not teacher.learns: said['chance'] = teacher_at_chance(given['teacher_pred'], given['target'], self._mask(), self._fit.axis)
     said |= classes_that_coexist(given['target'], given['teacher_pred'], self.loss, self._fit.axis)
-    sides = dict(student='pred') | ({} if teacher.voices or 'student_pred' in teacher.wants else dict(teacher='teacher_pred'))
-    said |= self._fit.said | {side: predicts_probabilities(given[name], side, self._fit.axis, given['target']) for side, name in sides.items()}
+    sides = dict(student='pred') | ({} if any(self._fit.said.values()) or 'student_pred' in teacher.wants else dict(teacher='teacher_pred'))
+    said |= self._fit.said
+    said |= {side: predicts_probabilities(given[name], side, self._fit.axis, given['target']) for side, name in sides.items()}
     said |= dict(twice=self._stands_twice(), mixed=self._answers_unmixed())
     if self.mask is not None and given['mask'] is not None and not given['mask'].any():
         said['nothing'] = 'mask= leaves nothing of the first batch to be compared: it is True at the positions that count, not at padding'

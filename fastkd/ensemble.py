@@ -126,12 +126,6 @@ def wants(self:Ensemble):
     own = ('target',) if self.weights == 'confidence' else ()
     return tuple(dict.fromkeys([*own, *(name for teacher in self.teachers for name in getattr(teacher, 'wants', ()))]))
 
-@patch(as_prop=True)
-def voices(self:Ensemble):
-    "The places of the teachers, and those of teachers within"
-    within = [(str(i), getattr(teacher, 'voices', ())) for i, teacher in enumerate(self.teachers)]
-    return tuple(name for i, names in within for name in (i, *(f'{i}.{own}' for own in names)))
-
 @patch
 def for_student(self:Ensemble, learn, axis=1):
     "Learners among the teachers speak the student's language from here on"
@@ -146,6 +140,13 @@ def live(self:Ensemble):
     fresh = Ensemble(self.source, self.mean, self.weights, self.T)
     fresh.teachers, fresh.axis = [teacher.live for teacher in self.teachers], self.axis
     return fresh
+
+# %% ../nbs/25_ensemble.ipynb #8cc65d5c
+@patch(as_prop=True)
+def voices(self:Ensemble):
+    "The places of the teachers, and those of teachers within"
+    within = [(str(i), getattr(teacher, 'voices', ())) for i, teacher in enumerate(self.teachers)]
+    return tuple(name for i, names in within for name in (i, *(f'{i}.{own}' for own in names)))
 
 # %% ../nbs/25_ensemble.ipynb #25e0000f
 @patch

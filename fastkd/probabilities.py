@@ -92,6 +92,7 @@ def live(self:ProbabilityTeacher):
     fresh.axis = self.axis
     return fresh
 
+# %% ../nbs/29_probabilities.ipynb #1d5a918e
 @patch
 def settings(self:ProbabilityTeacher): return self.binary, type(self.teacher), *self.teacher.settings()
 

@@ -8,8 +8,8 @@ from fastai.torch_core import TensorImage, TensorMask
 from fastai.callback.training import GradientAccumulation
 from fastkd.all import *
 from functools import partial
-from helpers import (At, ByHand, attention, convnet, digits, error_of, fitted, furthest, learner, loaders, quiet, same, seeded,
-    soft_target, trained_teacher, weights)
+from helpers import (At, ByHand, attention, convnet, digits, error_of, fitted, furthest, learner, loaders, messages, quiet, same,
+    seeded, soft_target, trained_teacher, weights)
 from collections import OrderedDict
 from types import SimpleNamespace
 from torch import nn

@@ -2,8 +2,7 @@
 import math, numpy as np, pytest, torch
 from fastai.basics import BCEWithLogitsLossFlat, CrossEntropyLossFlat, L1LossFlat, Learner
 from fastkd.all import *
-from fastkd.advice import last_activation, predicts_probabilities
-from functools import partial
+from fastkd.advice import last_activation
 from helpers import (convnet, digits, error_of, fitted, furthest, learner, loaders, messages, named_learner, quiet, seeded, soft_target,
     trained_teacher, weights)
 from torch import nn
@@ -15,11 +14,12 @@ KD = KnowledgeDistillationCallback
 def softmaxed(model=None): return nn.Sequential(model or trained_teacher(), nn.Softmax(1))
 def sigmoided(model=None): return nn.Sequential(model or trained_teacher(), nn.Sigmoid())
 
-def trained(teacher, loss=SoftTarget(T=4), learn=None, **kwargs): return weights(fitted(learn or learner(), KD(teacher, loss, **kwargs)).model)
+def trained(teacher, loss=SoftTarget(T=4), learn=None, **kwargs):
+    return weights(fitted(learn or learner(), KD(teacher, loss, **kwargs)).model)
 
 # ---- The inverse
 
-@pytest.mark.parametrize('scale', [1, 10, 25])
+@pytest.mark.parametrize('scale', [1, 5, 10])
 @pytest.mark.parametrize('T', [1, 4, 20])
 def test_logarithms_are_as_good_as_logits(scale, T):
     "At any temperature, also for classes of probability 1e-30; in float64, by hand"
@@ -79,8 +79,10 @@ def test_a_teacher_that_is_wrapped(wrap):
 
 def test_in_a_cache_on_disk(tmp_path):
     "With softmax and without have different answers, and are not taken for one another; the second run asks nothing"
-    runs = [CachedTeacher(teacher, tmp_path) for teacher in (ProbabilityTeacher(softmaxed()), ProbabilityTeacher(softmaxed()), softmaxed())]
-    found = [trained(cached) for cached in runs]
+    teachers, runs, found = (ProbabilityTeacher(softmaxed()), ProbabilityTeacher(softmaxed()), softmaxed()), [], []
+    for teacher in teachers:
+        runs.append(CachedTeacher(teacher, tmp_path))
+        found.append(trained(runs[-1]))
     assert furthest(found[0], trained(trained_teacher())) < 2e-5 and furthest(found[1], found[0]) == 0 < furthest(found[2], found[0])
     assert [cached.misses for cached in runs] == [100, 0, 100]
 
@@ -128,7 +130,7 @@ def maps(shape=(8, 8)):
     g = torch.Generator().manual_seed(0)
     return [(torch.randn(1, *shape, generator=g), torch.randint(0, 3, shape, generator=g)) for _ in range(20)]
 
-def on(pairs, model, loss_func): return quiet(Learner(loaders(pairs, pairs[:10], 10), model, loss_func))
+def on(pairs, model, loss_func): return quiet(Learner(loaders(pairs, pairs[:20], 20), model, loss_func))
 
 @pytest.mark.parametrize('loss_func', [nn.CrossEntropyLoss, lambda: CrossEntropyLossFlat(axis=1)])
 def test_maps(loss_func):
@@ -225,9 +227,9 @@ def stored_logits(): return StoredTeacher(torch.randn(100, 10))
 def test_logits_that_spoil_a_later_batch():
     "Finite on the first sample and not later: an error at that batch, not blamed on the loss"
     calls = []
-    def at_the_sixth(output): return output*(math.nan if calls.append(1) or len(calls) > 5 else 1)
-    said = error_of(ValueError, learner(), KD(trained_teacher(), SoftTarget, logits=(at_the_sixth, logits)), n_batches=4)
-    assert 'what logits=at_the_sixth makes of' in said
+    def at_the_fourth(output): return output*(math.nan if calls.append(1) or len(calls) > 3 else 1) # one sample comes before the batches
+    said = error_of(ValueError, learner(), KD(trained_teacher(), SoftTarget, logits=(at_the_fourth, logits)), n_batches=2)
+    assert 'what logits=at_the_fourth makes of' in said
 
 def test_logits_that_are_no_tensor():
     assert 'logits=as_dict returns the tensor of predictions, not a dict' in error_of(TypeError, learner(), KD(trained_teacher(), SoftTarget,
@@ -243,12 +245,14 @@ def test_a_schedule_with_a_hole():
     assert 'the schedule of weight is nan' in said
 
 def roots(pred, teacher_pred): return (pred - pred.detach()).pow(2).sum().sqrt()
-def logs(pred, teacher_pred): return (pred - pred.detach() + 0).clamp_min(0).pow(.5).mean()
+def powers(pred, teacher_pred): return (pred - pred.detach()).abs().pow(.5).mean()
 
-@pytest.mark.parametrize('loss', [roots, logs])
+@pytest.mark.parametrize('loss', [roots, powers])
 def test_a_gradient_that_is_not_finite(loss):
     "The value is 0, and one step would make every weight NaN"
-    assert 'its gradient on the student is not finite, though its value is' in error_of(ValueError, learner(), KD(trained_teacher(), loss))
+    without_norms = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)) # whose statistics would move before the first step
+    said = error_of(ValueError, learner(without_norms), KD(trained_teacher(), loss))
+    assert 'its gradient on the student is not finite, though its value is' in said
 
 def test_a_mask_that_leaves_nothing():
     said = messages(learner(), KD(trained_teacher(), SoftTarget, mask=lambda x: torch.zeros(len(x))), n_fits=1)
