@@ -73,8 +73,8 @@ def _check(self:ProbabilityTeacher, probs):
         raise ValueError(f"{self}: predictions from {least:.3g} to {most:.3g} are no probabilities. If they are logits, leave out "
             'ProbabilityTeacher, or returns=')
     if not self.binary and probs.ndim > self.axis and (total := probs.float().sum(self.axis).max().item()) > 1 + 2e-2:
-        raise ValueError(f"{self}: the probabilities of a sample sum to {total:.3g}, so its classes do not exclude one another. Say that each "
-            "has a sigmoid of its own: returns='binary_probabilities', or ProbabilityTeacher(teacher, binary=True)")
+        raise ValueError(f"{self}: the probabilities of a sample sum to {total:.3g}, so its classes do not exclude one another. Say that "
+            "each has a sigmoid of its own: returns='binary_probabilities', or ProbabilityTeacher(teacher, binary=True)")
 
 # %% ../nbs/29_probabilities.ipynb #29c00010
 @patch

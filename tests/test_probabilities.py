@@ -60,8 +60,8 @@ def stored(folder, dtype, T=1):
     return StoredTeacher(folder/'probs.npy')
 
 KINDS = dict(module=lambda folder: softmaxed(), frozen=lambda folder: Frozen(softmaxed()), learner=lambda folder: learner(softmaxed()),
-    list=lambda folder: [softmaxed()], stored=lambda folder: stored(folder, torch.float32), cached=lambda folder: CachedTeacher(softmaxed()),
-    cached_learner=lambda folder: CachedTeacher(learner(softmaxed())), on_disk=lambda folder: CachedTeacher(softmaxed(), folder/'kept'))
+    list=lambda folder: [softmaxed()], stored=lambda folder: stored(folder, torch.float32),
+    cached=lambda folder: CachedTeacher(softmaxed()), cached_learner=lambda folder: CachedTeacher(learner(softmaxed())), on_disk=lambda folder: CachedTeacher(softmaxed(), folder/'kept'))
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_kinds_of_teachers(kind, tmp_path):
@@ -232,8 +232,8 @@ def test_logits_that_spoil_a_later_batch():
     assert 'what logits=at_the_fourth makes of' in said
 
 def test_logits_that_are_no_tensor():
-    assert 'logits=as_dict returns the tensor of predictions, not a dict' in error_of(TypeError, learner(), KD(trained_teacher(), SoftTarget,
-        logits=(as_dict, logits)))
+    said = error_of(TypeError, learner(), KD(trained_teacher(), SoftTarget, logits=(as_dict, logits)))
+    assert 'logits=as_dict returns the tensor of predictions, not a dict' in said
 
 def as_dict(output): return dict(logits=output)
 
