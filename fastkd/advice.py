@@ -82,21 +82,21 @@ def unbalanced_parts(
             raise ValueError(f'{part}: its gradient on the student is not finite, though its value is. A root or a logarithm has none at 0, '
                 'so add a small number first: (x + 1e-8).sqrt()')
         share, reason = weight*size/(task_weight*of_task or 1), (reasons or {}).get(part.name)
-        if weight*size < quiet*task_weight*of_task: said[part.name] = _too_quiet(loss, part, share, reason)
+        if weight*size < quiet*task_weight*of_task: said[part.name] = _too_quiet(loss, part, share, reason, loud*of_task/(size or 1))
         elif of_task > 0 and size > loud*of_task: said[part.name] = _too_loud(loss, part, size/of_task)
     return said
 
 # %% ../nbs/28_advice.ipynb #4a68bfe2
 def _with_factor(loss, part, factor): return Sum([replace(o, factor=factor) if o is part else o for o in loss.parts])
 
-def _too_quiet(loss, part, share, reason):
-    "The message for a part, with the corrected line"
+def _too_quiet(loss, part, share, reason, room):
+    "The message for a part, with the corrected line; `room` is by how much it could grow before it drowned the labels"
     usual = getattr(part.loss, 'usual_weight', None) or 0
     said = f"{part}: its gradient on the student is {share:.2g} of the task loss's, so it does nothing. "
     if reason and share < 1e-5: return said + reason # what is left is rounding
     if share == 0: return said + 'No parameter that is trained has a gradient from it on this batch'
     for_a_tenth = float(f'{part.factor*.1/share:.0e}')
-    factor, why = (usual, 'Its usual factor is') if usual > part.factor else (for_a_tenth, 'For a tenth of it, the factor is')
+    factor, why = (usual, 'Its usual factor is') if part.factor < usual <= room*part.factor else (for_a_tenth, 'For a tenth of it, the factor is')
     return said + f'{why} {factor:g}: loss={_with_factor(loss, part, factor)}'
 
 def _too_loud(loss, part, share):

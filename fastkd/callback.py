@@ -453,7 +453,8 @@ def _ask_once(self:KnowledgeDistillationCallback, one, pred, fm_s):
     voices = teacher.voices if fit.wants_pred else ()
     with _on_sample(teacher, one, '; `teacher_input` can make another input of it'):
         teacher_pred, fm_t = self._ask(teacher.live, one, pred, fm_s, voices)
-    fit.said = {f'voice {name}': predicts_probabilities(fm_t[name], name, fit.axis) for name in voices}
+    target = first_samples(self._target(), len(pred))
+    fit.said = {f'voice {name}': predicts_probabilities(fm_t[name], name, fit.axis, target) for name in voices}
     return teacher_pred, {name: value for name, value in fm_t.items() if name in fit.teachers}
 
 # %% ../nbs/30_callback.ipynb #159f4604
