@@ -21,6 +21,7 @@ from fastkd.losses.zoo import *
 from fastkd.modules import *
 from fastkd.mutual import *
 from fastkd.plots import AgreementCallback, plot_activations
+from fastkd.probabilities import *
 from fastkd.report import Report, report
 from fastkd.schedules import *
 from fastkd.stored import StoredTeacher

@@ -495,6 +495,10 @@ def _give_up(self:CachedTeacher, asked):
         'augmentation does that: leave it out to train with a cache, or take the teacher without one, at the same price' + full,
         stacklevel=2)
 
+# %% ../nbs/23_cache.ipynb #040301c0
+@patch(as_prop=True)
+def voices(self:CachedTeacher): return getattr(self.teacher, 'voices', ())
+
 # %% ../nbs/23_cache.ipynb #23c00024
 SHARD_BYTES = 2**26 # blocks of a batch each are written together, in files of about 64 MB
 

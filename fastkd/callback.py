@@ -27,6 +27,7 @@ from .learners import from_learner
 from .losses.core import Loss, Mixed, Probe, Sum, _tensors, as_classes, as_sum, first_samples, loss_name
 from .modules import Captures, evaluating, logits, missing_layer, on_host, reset_state, unwrap_model
 from .positions import Positions, check_positions, no_positions, untraced, with_positions
+from .probabilities import ProbabilityTeacher
 from .schedules import _said, as_schedules, check_curve, multiplies, scheduled_value
 from .shared import how_to_load
 from .teachers import Frozen, Teacher
@@ -64,23 +65,32 @@ class KnowledgeDistillationCallback(_Arguments):
         weight:float=.5, # Weight of the distillation loss, in [0, 1] unless `task_weight` is given
         schedule=None, # A `Schedule` for the weight, or a dict: `{'weight': cos, 'T': SchedLin(8, 1)}`
         task_weight:float=None, # Weight of the task loss; by default what `weight` (scheduled) leaves of 1
-        logits=logits, # Finds the prediction in what a model returns: the student, and a teacher that is no `Teacher`
+        logits=logits, # Finds the prediction in what a model returns: the student, and a teacher that is no `Teacher`; a pair for two ways
         teacher_input=None, # `teacher_input(*xb)` is the teacher's input, a tensor or tuple; by default the student's
         teacher_dtype:torch.dtype=None, # Autocast for the teacher alone, such as `torch.bfloat16`
         mask=None, # `mask(*xb)` is True at positions that count, `(bs, ...)`; by default those that the task loss does not ignore
         span:int=None, # Epochs over which schedules run, across several fits (`fine_tune` makes two); by default each fit on its own
         teacher_metrics=False, # Show the teacher on the training batches: True for the learner's metrics, or a list of metric functions
+        returns:str='logits', # What the teacher predicts: 'logits', 'probabilities' of a softmax, or 'binary_probabilities' of sigmoids
     ):
         _check_kind(teacher)
         students, teachers, self.loss = listify(activations_student), listify(activations_teacher), as_sum(loss)
         self.loss = self.loss.without_learned() # what is learned here is the callback's, and the user's loss can be used again
         if students or teachers: self.loss = self.loss.on(students, teachers)
         self.teacher, self.weight, self.task_weight, self.schedules = teacher, weight, task_weight, as_schedules(schedule)
-        self.logits, self.teacher_input, self.teacher_dtype, self.mask = logits, teacher_input, teacher_dtype, mask
+        self.logits, self.teacher_logits = _both_sides(logits)
+        self.teacher_input, self.teacher_dtype, self.returns, self.mask = teacher_input, teacher_dtype, returns, mask
         self.span, self.teacher_metrics = span, teacher_metrics
         self._fit, self._learned, self._loaded, self._student, self._epochs_done, self._warned = None, None, None, None, 0, set()
 
     def __repr__(self): return f'{type(self).__name__}({self.loss}, weight={self.weight:g})'
+
+# %% ../nbs/30_callback.ipynb #d0f7983f
+def _both_sides(functions):
+    "What finds the student's prediction, and what finds the teacher's"
+    pair = functions if isinstance(functions, (tuple, list)) else (functions, functions)
+    if len(pair) == 2 and all(map(callable, pair)): return pair
+    raise TypeError(f"logits is a function, or a pair of them, the student's and the teacher's, not {functions!r}")
 
 # %% ../nbs/30_callback.ipynb #2a2d7641
 def _check_number(name, value):
@@ -122,30 +132,38 @@ def _check_parts(self:KnowledgeDistillationCallback):
         if part.wants.get('index'): check_positions(part, no_positions(self.learn.dls.train))
 
 # %% ../nbs/30_callback.ipynb #ef41f985
+_RETURNS = 'logits', 'probabilities', 'binary_probabilities'
+
+def _check_returns(returns):
+    if returns not in _RETURNS: raise ValueError(f'returns is one of {_RETURNS}, not {returns!r}')
+
 def as_teacher(
     teacher, # Module, `Learner`, `Teacher`, or a list of them
     learn, # The student's `Learner`
     axis:int=1, # Dimension of predictions that holds the classes
     settings=(logits, None, None), # `logits`, `inputs` and `dtype` of a `Frozen`, for modules and learners
+    returns:str='logits', # What it predicts: 'logits', 'probabilities' or 'binary_probabilities'
 ) -> Teacher: # One that speaks the student's language
     "Whatever was passed as teacher"
     _check_kind(teacher)
+    _check_returns(returns)
+    as_logits = lambda o: o if returns == 'logits' else ProbabilityTeacher(o, returns == 'binary_probabilities')
     if isinstance(teacher, (list, tuple)):
-        members = [as_teacher(o, learn, axis, settings) if isinstance(o, (nn.Module, Learner)) else o for o in teacher]
+        members = [as_logits(as_teacher(o, learn, axis, settings) if isinstance(o, (nn.Module, Learner)) else o) for o in teacher]
+        as_logits = lambda o: o
         teacher, settings = Ensemble(members), (logits, None, None)
     if isinstance(teacher, Learner): teacher = from_learner(teacher, learn, *settings, axis=axis)
     elif isinstance(teacher, nn.Module): teacher = Frozen(teacher, *settings)
     elif settings[1:] != (None, None): # its logits are its own, too, and those that are given are the student's
         raise ValueError(f'{teacher} has settings of its own: give them to the model within, as in '
             'CachedTeacher(Frozen(model, logits=…, inputs=…, dtype=…))')
-    else:
-        if 'index' in teacher.wants: check_positions(teacher, no_positions(learn.dls.train))
-        teacher = teacher.for_student(learn, axis)
-    return teacher
+    elif 'index' in teacher.wants: check_positions(teacher, no_positions(learn.dls.train))
+    return as_logits(teacher).for_student(learn, axis)
 
 @patch
 def _as_teacher(self:KnowledgeDistillationCallback):
-    return as_teacher(self.teacher, self.learn, self._axis(), (self.logits, self.teacher_input, self.teacher_dtype))
+    return as_teacher(self.teacher, self.learn, self._axis(), (self.teacher_logits, self.teacher_input, self.teacher_dtype),
+        self.returns)
 
 # %% ../nbs/30_callback.ipynb #40779678
 @patch
@@ -238,13 +256,13 @@ def _check_unlabelled(self:KnowledgeDistillationCallback, pred):
 
 # %% ../nbs/30_callback.ipynb #bc579592
 @patch
-def _ask(self:KnowledgeDistillationCallback, teacher, xb, pred, fm_s):
-    "The teacher's answer for a batch, or for its first samples, given what the student says of them"
+def _ask(self:KnowledgeDistillationCallback, teacher, xb, pred, fm_s, layers=()):
+    "The teacher's answer for a batch, or for its first samples, given what the student says of them; with more `layers` than usual"
     n = len(_tensors(xb)[0])
     known = dict(index=lambda: self._index()[:n], target=lambda: first_samples(self._target(), n), student_pred=pred.detach,
         fm_s=lambda: {name: value.detach() for name, value in fm_s.items()})
     more = {name: known[name]() for name in teacher.wants}
-    return teacher.outputs(xb, self._fit.teachers, pred=self._fit.wants_pred, **more)
+    return teacher.outputs(xb, list(dict.fromkeys((*self._fit.teachers, *layers))), pred=self._fit.wants_pred, **more)
 
 @patch
 def _index(self:KnowledgeDistillationCallback):
@@ -395,6 +413,7 @@ def _look(self:KnowledgeDistillationCallback):
         fm_s = fit.captures.take()
         self._check_captured(fm_s)
         pred = self.logits(output)
+        self._check_prediction(output, pred)
         fit.shape = pred.shape
         teacher_pred, fm_t = self._ask_once(one, pred, fm_s)
         if 'mask' in fit.wants: self._mask()
@@ -422,9 +441,14 @@ def _on_sample(who, one, remedy=''):
 
 @patch
 def _ask_once(self:KnowledgeDistillationCallback, one, pred, fm_s):
-    "The teacher's answer for one sample"
-    teacher = self._fit.teacher
-    with _on_sample(teacher, one, '; `teacher_input` can make another input of it'): return self._ask(teacher.live, one, pred, fm_s)
+    "The teacher's answer for one sample; of single teachers it is kept what to say, since their mean hides that one predicts probabilities"
+    fit, teacher = self._fit, self._fit.teacher
+    voices = teacher.voices if fit.wants_pred else ()
+    with _on_sample(teacher, one, '; `teacher_input` can make another input of it'):
+        teacher_pred, fm_t = self._ask(teacher.live, one, pred, fm_s, voices)
+    target = first_samples(self._target(), len(pred))
+    fit.said = {f'voice {name}': predicts_probabilities(fm_t[name], name, fit.axis, target) for name in voices}
+    return teacher_pred, {name: value for name, value in fm_t.items() if name in fit.teachers}
 
 # %% ../nbs/30_callback.ipynb #159f4604
 @patch
@@ -439,6 +463,22 @@ def _check_finite(self:KnowledgeDistillationCallback, teacher_pred, fm_t):
     for what, value in answer.items():
         if not (value.isnan() | (value == math.inf)).any(): continue # -inf is a class or a position that is ruled out
         raise ValueError(f"the teacher's {what} is not finite on the first training sample: {self._fit.teacher}")
+
+# %% ../nbs/30_callback.ipynb #dd9fef0b
+def _is_finite(value):
+    "Whether none of the numbers is NaN or inf, as a tensor; -inf is a class or a position that is ruled out"
+    return value.detach().sum(dtype=torch.float64 if value.dtype == torch.float64 else torch.float32) < math.inf
+
+def _all_finite(output): return reduce(and_, [_is_finite(o) for o in _tensors(output) if o.is_floating_point()], torch.tensor(True))
+
+@patch
+def _check_prediction(self:KnowledgeDistillationCallback, output, pred):
+    "What `logits=` finds is a tensor, and as finite as what the student returned"
+    name = getattr(self.logits, '__name__', type(self.logits).__name__)
+    if not isinstance(pred, Tensor): raise TypeError(f'logits={name} returns the tensor of predictions, not a {type(pred).__name__}')
+    if _is_finite(pred) or not _all_finite(output): return
+    raise ValueError(f"what logits={name} makes of the student's output is not finite, and the output is: the function is applied to the "
+        'student, and to a teacher that is a module or a Learner. A pair of functions is one for each, logits=(of_student, of_teacher)')
 
 # %% ../nbs/30_callback.ipynb #9882e972
 @patch
@@ -581,7 +621,10 @@ def _numbers(self:KnowledgeDistillationCallback):
     "The weight and every scheduled number at this step"
     pct, curves = self.learn.pct_train, dict(weight=None) | self.schedules
     if self.span: pct = (self._epochs_done + pct*self.learn.n_epoch)/self.span
-    return {name: float(scheduled_value(curve, self.weight, min(max(pct, 0.), 1.))) for name, curve in curves.items()}
+    numbers = {name: float(scheduled_value(curve, self.weight, min(max(pct, 0.), 1.))) for name, curve in curves.items()}
+    for name, value in numbers.items(): # a curve is checked at a hundred points before, and here at all others
+        if not math.isfinite(value): raise ValueError(f'the schedule of {name} is {value} at {pct:.0%} of the fit')
+    return numbers
 
 @patch
 def _left_for_task(self:KnowledgeDistillationCallback, weight): return 1 - weight if self.task_weight is None else self.task_weight
@@ -619,9 +662,10 @@ def _judge_teacher(self:KnowledgeDistillationCallback, given):
 def _watch(self:KnowledgeDistillationCallback, distillation, given):
     "Notice a distillation loss that is not finite though the student's prediction is"
     fit = self._fit
-    blamed = ~torch.as_tensor(distillation).isfinite() & given['pred'].detach().sum().isfinite()
+    blamed = ~torch.as_tensor(distillation).isfinite() & _all_finite(self.learn.pred).to(given['pred'].device)
     if fit.advised and not on_host(blamed): fit.blamed = blamed if fit.blamed is None else fit.blamed | blamed
     elif blamed:
+        self._check_prediction(self.learn.pred, given['pred'])
         answer = [value for value in (given['teacher_pred'], *given['fm_t'].values()) if value is not None]
         by_loss = all(o.isfinite().all() for o in answer)
         cause = f"so is the teacher's answer: {self.loss}" if by_loss else f"the teacher's answer is not: {fit.teacher}"
@@ -661,8 +705,12 @@ def _advise(self:KnowledgeDistillationCallback, task, parts, given):
     teacher, said = self._fit.teacher, {}
     if not teacher.learns: said['chance'] = teacher_at_chance(given['teacher_pred'], given['target'], self._mask(), self._fit.axis)
     said |= classes_that_coexist(given['target'], given['teacher_pred'], self.loss, self._fit.axis)
-    said |= {side: predicts_probabilities(given[name], side, self._fit.axis) for side, name in _SIDES.items()}
+    sides = dict(student='pred') | ({} if any(self._fit.said.values()) or 'student_pred' in teacher.wants else dict(teacher='teacher_pred'))
+    said |= self._fit.said
+    said |= {side: predicts_probabilities(given[name], side, self._fit.axis, given['target']) for side, name in sides.items()}
     said |= dict(twice=self._stands_twice(), mixed=self._answers_unmixed())
+    if self.mask is not None and given['mask'] is not None and not given['mask'].any():
+        said['nothing'] = 'mask= leaves nothing of the first batch to be compared: it is True at the positions that count, not at padding'
     factors = dict(self._fit.peaks)
     weight = factors.pop('weight')
     if weight > 0 and not teacher.starts_silent and not _is_compiled(self.learn.model): # a compiled graph can be walked only once
@@ -675,8 +723,6 @@ def _advise(self:KnowledgeDistillationCallback, task, parts, given):
         except RuntimeError: pass # some graphs can be walked only by `backward`, such as reentrant checkpoints
     for key, message in said.items():
         if message: self._warn_once(key, message)
-
-_SIDES = dict(student='pred', teacher='teacher_pred')
 
 # %% ../nbs/30_callback.ipynb #b8d05f16
 @patch

@@ -141,6 +141,13 @@ def live(self:Ensemble):
     fresh.teachers, fresh.axis = [teacher.live for teacher in self.teachers], self.axis
     return fresh
 
+# %% ../nbs/25_ensemble.ipynb #8cc65d5c
+@patch(as_prop=True)
+def voices(self:Ensemble):
+    "The places of the teachers, and those of teachers within"
+    within = [(str(i), getattr(teacher, 'voices', ())) for i, teacher in enumerate(self.teachers)]
+    return tuple(name for i, names in within for name in (i, *(f'{i}.{own}' for own in names)))
+
 # %% ../nbs/25_ensemble.ipynb #25e0000f
 @patch
 def to(self:Ensemble, device):

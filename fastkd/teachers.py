@@ -43,6 +43,7 @@ class Teacher:
     def why_silent(self, part): "What it may mean that a part of the loss says nothing; None where nobody knows"
     def settings(self): return ()
     def reorders(self, layer): return False # Whether the output of `layer` has its classes in another order than the student
+    voices = () # Names of layers that are the predictions of single teachers, where the answer is made of several
     live = property(lambda self: self, doc='The teacher without a memory')
     def modules(self): return []
     def given(self):

@@ -1,5 +1,5 @@
 "Small learners, callbacks that interfere, and a hand-written callback to compare with."
-import numpy as np, os, pytest, random, runpy, sys, torch, torch.nn.functional as F, traceback
+import numpy as np, os, pytest, random, runpy, sys, torch, torch.nn.functional as F, traceback, warnings
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from fastai.basics import Callback, Categorize, CrossEntropyLossFlat, DataLoaders, Datasets, Learner, Normalize
@@ -113,6 +113,13 @@ def fitted(learn, cbs=None, n_epoch=2, lr=1e-2, seed=1):
     "`learn`, trained from a known random state"
     started(learn, seed).fit(n_epoch, lr, cbs=cbs)
     return learn
+
+def messages(learn, *cbs, n_fits=1):
+    "What is said in fits"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        for _ in range(n_fits): fitted(learn, cbs)
+    return [str(o.message) for o in said if issubclass(o.category, UserWarning)]
 
 def weights(model): return {name: value.clone() for name, value in model.state_dict().items()}
 

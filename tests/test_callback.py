@@ -8,8 +8,8 @@ from fastai.torch_core import TensorImage, TensorMask
 from fastai.callback.training import GradientAccumulation
 from fastkd.all import *
 from functools import partial
-from helpers import (At, ByHand, attention, convnet, digits, error_of, fitted, furthest, learner, loaders, quiet, same, seeded,
-    soft_target, trained_teacher, weights)
+from helpers import (At, ByHand, attention, convnet, digits, error_of, fitted, furthest, learner, loaders, messages, quiet, same,
+    seeded, soft_target, trained_teacher, weights)
 from collections import OrderedDict
 from types import SimpleNamespace
 from torch import nn
@@ -253,13 +253,6 @@ def test_ignored_batch(ignore, n):
     assert all(p.isfinite().all() for p in learn.model.parameters())
 
 # ---- Warnings
-
-def messages(learn, *cbs, n_fits=1):
-    "What is said in fits"
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter('always')
-        for _ in range(n_fits): fitted(learn, cbs)
-    return [str(o.message) for o in said if issubclass(o.category, UserWarning)]
 
 HEALTHY = dict(soft_target=lambda: SoftTarget(T=4), sum=lambda: SoftTarget(T=4) + (30*Attention()).on(BLOCKS, BLOCKS)
     + (3*FitNet()).on('block2', 'block2') + (30000*PKT()).on('head.1', 'head.1'), logits=Logits)

@@ -5,7 +5,7 @@ from torch import nn, tensor
 from fastkd.losses.core import INPUTS, Loss, Mixed, Part, Probe, ResponseLoss, Sum, as_sum, loss_name, pick, wanted_inputs
 from fastkd.losses.feature import Attention, FitNet
 from fastkd.losses.relation import PKT
-from fastkd.losses.response import Logits, SoftTarget
+from fastkd.losses.response import DecoupledKD, Logits, SoftTarget
 from formulas import close
 
 def by_function(pred, teacher_pred): return (pred - teacher_pred).abs().mean()

@@ -14,7 +14,8 @@ class KnowledgeDistillationCallback(Callback):
     "Blend what a teacher says into the loss"
     order = 0
     def __init__(self, teacher, loss, activations_student=None, activations_teacher=None, weight=.5, schedule=None, task_weight=None,
-        logits=logits, teacher_input=None, teacher_dtype=None, mask=None, span=None, teacher_metrics=False):
+        logits=logits, teacher_input=None, teacher_dtype=None, mask=None, span=None, teacher_metrics=False,
+        returns='logits'):
         self.teacher, self.loss, self.weight, self.task_weight = getattr(teacher, 'model', teacher), as_sum(loss), weight, task_weight
         students, teachers = listify(activations_student), listify(activations_teacher)
         if students: self.loss = self.loss.on(students, teachers)
