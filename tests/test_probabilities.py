@@ -61,7 +61,8 @@ def stored(folder, dtype, T=1):
 
 KINDS = dict(module=lambda folder: softmaxed(), frozen=lambda folder: Frozen(softmaxed()), learner=lambda folder: learner(softmaxed()),
     list=lambda folder: [softmaxed()], stored=lambda folder: stored(folder, torch.float32),
-    cached=lambda folder: CachedTeacher(softmaxed()), cached_learner=lambda folder: CachedTeacher(learner(softmaxed())), on_disk=lambda folder: CachedTeacher(softmaxed(), folder/'kept'))
+    cached=lambda folder: CachedTeacher(softmaxed()), cached_learner=lambda folder: CachedTeacher(learner(softmaxed())),
+    on_disk=lambda folder: CachedTeacher(softmaxed(), folder/'kept'))
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_kinds_of_teachers(kind, tmp_path):
