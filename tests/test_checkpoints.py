@@ -599,3 +599,11 @@ def test_flags_of_fastai(name, tmp_path):
     second.load_checkpoint()
     second.freeze()
     assert [name for name, p in second.model.block1.named_parameters() if p.requires_grad] == ['0.weight']
+
+def test_other_layers_of_a_callback_that_has_learned(tmp_path):
+    "Whose shapes are known before anything is loaded: 8 channels were compared, and 4 are"
+    saved(tmp_path, cbs=[adapter()])
+    cb = KD(trained_teacher(), 100*FitNet(), 'block1', 'block1', task_weight=1.)
+    learn = used(fresh(tmp_path, seeded(convnet, 4), cbs=cb))
+    assert 'what was saved was learned by other losses or layers than those of KnowledgeDistillationCallback(100*FitNet()' in refusal(learn, [cb])
+    assert [p.shape for p in cb.loss.parameters() if p.ndim == 4] == [(16, 4, 1, 1)]
