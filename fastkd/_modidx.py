@@ -119,6 +119,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                       'fastkd/callback.py'),
                                  'fastkd.callback.KnowledgeDistillationCallback._check_settings': ( 'callback.html#knowledgedistillationcallback._check_settings',
                                                                                                     'fastkd/callback.py'),
+                                 'fastkd.callback.KnowledgeDistillationCallback._check_shapes': ( 'callback.html#knowledgedistillationcallback._check_shapes',
+                                                                                                  'fastkd/callback.py'),
                                  'fastkd.callback.KnowledgeDistillationCallback._check_unlabelled': ( 'callback.html#knowledgedistillationcallback._check_unlabelled',
                                                                                                       'fastkd/callback.py'),
                                  'fastkd.callback.KnowledgeDistillationCallback._compare': ( 'callback.html#knowledgedistillationcallback._compare',

@@ -776,9 +776,20 @@ def load_state_dict(self:KnowledgeDistillationCallback,
     state:dict, # What `state_dict` returned
 ):
     "Go on from a saved state, at the next fit"
+    self._check_shapes(state['loss'])
     self._loaded, self._learned, self._epochs_done = copy.deepcopy(state), None, state['epochs_done']
     self.loss = as_sum(self.loss).without_learned() # built anew, of the student that goes on
     if self._fit is not None: self._fit.ready = False # in the middle of a fit: from the next batch on
+
+# %% ../nbs/30_callback.ipynb #00f03394
+@patch
+def _check_shapes(self:KnowledgeDistillationCallback, saved):
+    "Raise a ValueError where the losses have learned from this student, and other shapes were saved"
+    learn, model, here = self.learn, self._student and self._student(), self.loss.state_dict()
+    unbuilt = as_sum(self.loss).without_learned().state_dict().keys()
+    if learn is None or model is not unwrap_model(learn.model) or unbuilt in (saved.keys(), here.keys()): return
+    shapes = [{name: getattr(value, 'shape', None) for name, value in state.items()} for state in (saved, here)]
+    if shapes[0] != shapes[1]: raise ValueError(f'what was saved was learned by other losses or layers than those of {self}')
 
 @patch
 def _restore(self:KnowledgeDistillationCallback, state):

@@ -44,7 +44,8 @@ def _random_states(learn):
     kind, keys, *rest = states['numpy_state']
     rngs = [getattr(loader, 'rng', None) for loader in _loaders(learn)] # fastai's loaders shuffle by a state of their own
     generators = [[o.get_state() for o in generators_behind(loader)] for loader in _loaders(learn)] # and torch's may
-    return states | dict(numpy_state=(kind, keys.tolist(), *rest), shuffling=[rng and rng.getstate() for rng in rngs], generators=generators)
+    shuffling = [rng and rng.getstate() for rng in rngs]
+    return states | dict(numpy_state=(kind, keys.tolist(), *rest), shuffling=shuffling, generators=generators)
 
 def _set_random_states(learn, states):
     "Back to `states`"
@@ -135,8 +136,8 @@ def _write(file, content):
         if _is_readable(part, content): return
         ours = content['opt']['distillation']
         who = [name for name, state in zip(ours['names'], ours['callbacks']) if not _is_readable(part, state)]
-        raise ValueError(f"the state of {', '.join(who) or 'the model or its optimizer'} cannot be loaded again: a checkpoint holds tensors, "
-            f'numbers, strings, and lists, tuples and dicts of them. {file.name} stays as it is')
+        raise ValueError(f"the state of {', '.join(who) or 'the model or its optimizer'} cannot be loaded again: a checkpoint holds "
+            f'tensors, numbers, strings, and lists, tuples and dicts of them. {file.name} stays as it is')
 
 # %% ../nbs/32_checkpoints.ipynb #cce71864
 @patch
@@ -224,8 +225,8 @@ def _check_model(file, saved, here):
 def _check_layout(file, saved, here):
     "Raise a ValueError unless optimizers of one kind step the same parameters"
     if saved['optimizer'] != here['optimizer']:
-        raise ValueError(f"{file.name} was saved by {saved['optimizer']}, and this learner trains with {here['optimizer']}: make it with the "
-            '`opt_func` that was used')
+        raise ValueError(f"{file.name} was saved by {saved['optimizer']}, and this learner trains with {here['optimizer']}: make it "
+            'with the `opt_func` that was used')
     theirs, ours = saved['groups'], here['groups']
     if len(theirs) != len(ours):
         raise ValueError(f'{file.name} holds {len(theirs)} parameter groups, and this learner has {len(ours)}: is it the same splitter?')
@@ -240,7 +241,8 @@ def _check_random(file, saved, here):
     drawn = [[(rng is None, len(generators)) for rng, generators in zip(o['shuffling'], o['generators'])] for o in (saved, here)
         if saved.keys() == here.keys()]
     if not drawn or any(a != b for a, b in zip(*drawn)):
-        raise ValueError(f'{file.name} was saved with loaders that shuffle in another way: is it a DataLoader of fastai here, and of PyTorch there?')
+        raise ValueError(f'{file.name} was saved with loaders that shuffle in another way: is it a DataLoader of fastai here, '
+            'and of PyTorch there?')
 
 # %% ../nbs/32_checkpoints.ipynb #32000012
 def _optimizers(learn):
@@ -296,7 +298,8 @@ class CheckpointCallback(Callback):
         if not self.trained or self._is_a_look(): return
         if not rank_distrib() and _is_anothers(self.learn, file := self._file(self._name(self.epoch))):
             self.fname = f'{self.fname}_{_runs(self.learn)[-1][:8]}'
-            warnings.warn(f'another run wrote {file.name} while this one trained. This one goes on in {self._name(self.epoch)}.pth', stacklevel=2)
+            warnings.warn(f'another run wrote {file.name} while this one trained. This one goes on in {self._name(self.epoch)}.pth',
+                stacklevel=2)
         self.learn.save_checkpoint(self._name(self.epoch), epochs_done=self.epoch + 1)
 
     def _is_a_look(self): return self.learn.lock.locked() or hasattr(self.learn, 'lr_finder')

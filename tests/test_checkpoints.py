@@ -66,11 +66,11 @@ def wrapped(opt, **kwargs): return partial(OptimWrapper, opt=getattr(torch.optim
 
 OPTIMIZERS = dict(adam=Adam, sgd=partial(SGD, mom=.9), ranger=partial(ranger, k=3), torch_adamw=wrapped('AdamW'),
     torch_sgd=wrapped('SGD', momentum=.9, nesterov=True))
-MORE = dict(plain_sgd=partial(SGD, mom=0.), l2=partial(Adam, decouple_wd=False), rmsprop=RMSProp, rmsprop_mom=partial(RMSProp, mom=.9), radam=RAdam,
-    qhadam=QHAdam, larc=Larc, lamb=Lamb, torch_plain=wrapped('SGD'), torch_adam=wrapped('Adam', amsgrad=True), torch_nadam=wrapped('NAdam'),
-    torch_radam=wrapped('RAdam'), torch_rmsprop=wrapped('RMSprop', momentum=.5, centered=True), torch_adagrad=wrapped('Adagrad'),
-    torch_adadelta=wrapped('Adadelta'), torch_adamax=wrapped('Adamax'), torch_asgd=wrapped('ASGD'), torch_rprop=wrapped('Rprop'),
-    torch_adafactor=wrapped('Adafactor'))
+MORE = dict(plain_sgd=partial(SGD, mom=0.), l2=partial(Adam, decouple_wd=False), rmsprop=RMSProp, rmsprop_mom=partial(RMSProp, mom=.9),
+    radam=RAdam, qhadam=QHAdam, larc=Larc, lamb=Lamb, torch_plain=wrapped('SGD'), torch_adam=wrapped('Adam', amsgrad=True),
+    torch_nadam=wrapped('NAdam'), torch_radam=wrapped('RAdam'), torch_rmsprop=wrapped('RMSprop', momentum=.5, centered=True),
+    torch_adagrad=wrapped('Adagrad'), torch_adadelta=wrapped('Adadelta'), torch_adamax=wrapped('Adamax'), torch_asgd=wrapped('ASGD'),
+    torch_rprop=wrapped('Rprop'), torch_adafactor=wrapped('Adafactor'))
 each_optimizer = pytest.mark.parametrize('name', [*OPTIMIZERS, *map(slow, MORE)])
 optimizer = OPTIMIZERS | MORE
 
@@ -195,7 +195,8 @@ def test_a_callback_of_a_users(tmp_path):
 
 def test_peers_go_on(tmp_path):
     "Students that teach each other are one model"
-    def make(path): return learner(Peers([seeded(convnet, 4, seed=i) for i in range(2)]), path=path, opt_func=wrapped('AdamW'), metrics=None)
+    def peers(): return Peers([seeded(convnet, 4, seed=i) for i in range(2)])
+    def make(path): return learner(peers(), path=path, opt_func=wrapped('AdamW'), metrics=None)
     check_resumed(make, lambda: [MutualLearning(SoftTarget())], tmp_path)
 
 def test_loaders_of_torch(tmp_path):
@@ -210,7 +211,8 @@ def test_loaders_of_torch(tmp_path):
     second.fit(2, 1e-2, start_epoch=second.load_checkpoint())
     whole_opt, second_opt = optimizer_state(whole.opt), optimizer_state(second.opt)
     assert same(weights(second.model), weights(whole.model)) and equal(whole_opt, second_opt)
-    with pytest.raises(ValueError, match='was saved with loaders that shuffle in another way'): learner(path=tmp_path/'run').load_checkpoint()
+    with pytest.raises(ValueError, match='was saved with loaders that shuffle in another way'):
+        learner(path=tmp_path/'run').load_checkpoint()
 
 @pytest.mark.parametrize('name', ['adam', 'torch_adamw', 'ranger'])
 def test_an_export_in_between(name, tmp_path):
@@ -262,7 +264,8 @@ def test_another_model(ready, tmp_path):
     wrong = 'checkpoint.pth is of another model, and nothing was loaded: '
     def said(model): return refusal(ready(tmp_path, model)).removeprefix(wrong)
     assert said(seeded(convnet, 4, n_out=12)) == 'head.3.weight is float32 of shape (10, 8) in the file, and float32 of shape (12, 8) here'
-    assert said(seeded(convnet, 6)) == 'block1.0.weight is float32 of shape (4, 1, 3, 3) in the file, and float32 of shape (6, 1, 3, 3) here'
+    assert said(seeded(convnet, 6)) == (
+        'block1.0.weight is float32 of shape (4, 1, 3, 3) in the file, and float32 of shape (6, 1, 3, 3) here')
     assert said(with_layer(seeded(convnet, 4))) == 'more.weight, float32 of shape (10, 10) here, is not in the file'
     assert said(other_buffer(3)) == 'prior, float32 of shape (3,) here, is not in the file'
 
@@ -323,7 +326,8 @@ def test_other_groups(ready, tmp_path):
     assert 'holds other parameters in group 0: none, where this learner has block2.0.weight. Is it the same splitter' in refusal(
         ready(tmp_path, seeded(convnet, 4), splitter=later))
     def turned(model): return [o[::-1] for o in halves(model)]
-    assert 'in group 0: block1.0.weight, where this learner has block1.1.bias' in refusal(ready(tmp_path, seeded(convnet, 4), splitter=turned))
+    assert 'in group 0: block1.0.weight, where this learner has block1.1.bias' in refusal(
+        ready(tmp_path, seeded(convnet, 4), splitter=turned))
     saved(tmp_path, name='whole')
     model = seeded(convnet, 4)
     model.block1.requires_grad_(False)
@@ -405,7 +409,8 @@ def test_files_of_other_makers(tmp_path):
     with pytest.raises(ValueError, match='text.pth is damaged, or was not written by'): learn.load_checkpoint('text')
     with pytest.raises(FileNotFoundError, match='absent.pth'): learn.load_checkpoint('absent')
 
-@pytest.mark.parametrize('state', [{1, re.compile('x')}, lambda: 0, re.compile('x'), random.Random(0)], ids=['set', 'function', 'pattern', 'rng'])
+@pytest.mark.parametrize('state', [{1, re.compile('x')}, lambda: 0, re.compile('x'), random.Random(0)],
+    ids=['set', 'function', 'pattern', 'rng'])
 def test_what_could_not_be_loaded_is_not_saved(state, tmp_path):
     "And the checkpoint before it stays"
     class Odd(Callback):
@@ -414,7 +419,8 @@ def test_what_could_not_be_loaded_is_not_saved(state, tmp_path):
     learn = saved(tmp_path)
     file = tmp_path/'models/checkpoint.pth'
     content = file.read_bytes()
-    with pytest.raises(ValueError, match='the state of Odd cannot be loaded again: a checkpoint holds tensors'): learn.save_checkpoint(cbs=Odd())
+    with pytest.raises(ValueError, match='the state of Odd cannot be loaded again: a checkpoint holds tensors'):
+        learn.save_checkpoint(cbs=Odd())
     assert file.read_bytes() == content and os.listdir(tmp_path/'models') == ['checkpoint.pth']
 
 # ---- Two runs in one folder
@@ -485,8 +491,8 @@ def test_two_processes_that_begin_at_once(tmp_path):
     "Neither finds a file; the one that is later gives way, says so, and can be taken up from its own file"
     def late(learn): started(learner(seeded(convnet, 4, seed=2), path=tmp_path), 3).fit(1, 1e-2, cbs=CheckpointCallback())
     learn = started(learner(path=tmp_path))
-    with pytest.warns(UserWarning, match=r'another run wrote checkpoint.pth while this one trained. This one goes on in checkpoint_\w{8}.pth'):
-        learn.fit(2, 1e-2, cbs=[CheckpointCallback(), At('after_epoch', late)])
+    said = r'another run wrote checkpoint.pth while this one trained. This one goes on in checkpoint_\w{8}.pth'
+    with pytest.warns(UserWarning, match=said): learn.fit(2, 1e-2, cbs=[CheckpointCallback(), At('after_epoch', late)])
     names = sorted(file.stem for file in (tmp_path/'models').iterdir())
     assert len(names) == 2 and names[0] == 'checkpoint'
     other, start = going_on(tmp_path, names[1])
@@ -579,23 +585,34 @@ def test_a_callback_that_learned_for_another_student(tmp_path):
     assert [p.shape[1] for p in other.loss.parameters() if p.ndim == 4] == [12]
     learn = learner(path=tmp_path)
     learn.fit(2, 1e-2, cbs=other, start_epoch=learn.load_checkpoint('checkpoint_0', cbs=other))
-    assert equal(everything(learn, [other]), everything(whole, [cb])) and [p.shape[1] for p in other.loss.parameters() if p.ndim == 4] == [8]
+    assert equal(everything(learn, [other]), everything(whole, [cb]))
+    assert [p.shape[1] for p in other.loss.parameters() if p.ndim == 4] == [8]
 
 def test_an_adapter_of_another_optimizer(tmp_path):
     "Is said, where its state is loaded without a checkpoint"
     cb, other = adapter(), adapter()
     started(learner(opt_func=Adam)).fit(1, 1e-2, cbs=cb)
     other.load_state_dict(cb.state_dict())
-    with pytest.raises(ValueError, match='was trained by another kind of optimizer, with eps, lr, mom, sqr_mom, wd, and this one has lr, mom, wd'):
-        learner(opt_func=SGD).fit(1, 1e-2, cbs=other)
+    said = 'was trained by another kind of optimizer, with eps, lr, mom, sqr_mom, wd, and this one has lr, mom, wd'
+    with pytest.raises(ValueError, match=said): learner(opt_func=SGD).fit(1, 1e-2, cbs=other)
 
 @pytest.mark.parametrize('name', ['adam', 'torch_adamw'])
 def test_flags_of_fastai(name, tmp_path):
     "A layer that its owner trains while it is frozen, in an optimizer of either kind"
-    first, second = (learner(seeded(convnet, 4), path=tmp_path, splitter=halves, opt_func=optimizer[name], train_bn=False) for _ in range(2))
+    kwargs = dict(path=tmp_path, splitter=halves, opt_func=optimizer[name], train_bn=False)
+    first, second = (learner(seeded(convnet, 4), **kwargs) for _ in range(2))
     first.create_opt()
     first.opt.state[first.model.block1[0].weight]['force_train'] = True
     first.save_checkpoint()
     second.load_checkpoint()
     second.freeze()
     assert [name for name, p in second.model.block1.named_parameters() if p.requires_grad] == ['0.weight']
+
+def test_other_layers_of_a_callback_that_has_learned(tmp_path):
+    "Whose shapes are known before anything is loaded: 8 channels were compared, and 4 are"
+    saved(tmp_path, cbs=[adapter()])
+    cb = KD(trained_teacher(), 100*FitNet(), 'block1', 'block1', task_weight=1.)
+    learn = used(fresh(tmp_path, seeded(convnet, 4), cbs=cb))
+    said = refusal(learn, [cb])
+    assert 'what was saved was learned by other losses or layers than those of KnowledgeDistillationCallback(100*FitNet()' in said
+    assert [p.shape for p in cb.loss.parameters() if p.ndim == 4] == [(16, 4, 1, 1)]
