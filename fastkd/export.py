@@ -6,7 +6,7 @@
 __all__ = ['traced', 'export_program', 'OnnxModel', 'export_onnx', 'quantize_onnx']
 
 # %% ../nbs/43_export.ipynb #b3b9e25a
-import json, logging, os, tempfile, warnings
+import json, logging, os, re, tempfile, warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -190,14 +190,16 @@ def _slim(file, classes=None):
 
 # %% ../nbs/43_export.ipynb #f2cc0d78
 def _unsigned(file, source):
-    "Signed integers of eight bits as unsigned ones around 128, with the same values"
+    "New signed integers as unsigned ones around 128, with the same values; whether any integers are new"
     onnx = _need('onnx')
     model, before = onnx.load(file), {o.name for o in onnx.load(source).graph.initializer}
-    for o in model.graph.initializer:
-        if o.data_type != onnx.TensorProto.INT8 or o.name in before: continue
+    signed, unsigned = ([o for o in model.graph.initializer if o.data_type == kind and o.name not in before]
+        for kind in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8))
+    for o in signed:
         moved = onnx.numpy_helper.to_array(o).astype('int16') + 128
         o.CopyFrom(onnx.numpy_helper.from_array(moved.astype('uint8'), o.name))
     onnx.save(model, file)
+    return bool(signed or unsigned)
 
 # %% ../nbs/43_export.ipynb #9e376b7e
 _DYNAMIC = ['MatMul', 'Attention', 'LSTM', 'Gather', 'EmbedLayerNormalization', 'Transpose'] # all that ONNX Runtime has but Conv
@@ -226,15 +228,15 @@ def _rounded(source, made, batches):
     _need('onnxruntime.quantization.shape_inference').quant_pre_process(str(ready), str(ready), skip_symbolic_shape=True)
     _slim(ready)
     nodes = _need('onnx').load(ready).graph.node
+    whole = sorted({o.op_type for o in nodes if re.search('[Qq]uant|Integer|^Q', o.op_type)})
+    if whole: raise ValueError(f'{source} computes with integers already ({", ".join(whole)}): give the file that `export_onnx` wrote')
     settings['nodes_to_exclude'] = [o.name for o in nodes if o.op_type == 'Attention' and not o.domain] # ONNX's has no weights
     if batches is None and any(o.op_type == 'Conv' for o in nodes):
         warnings.warn('convolutions stay as they are without calibration batches: dl=learn.dls.train', stacklevel=4)
     with _quiet():
         if batches is None: quantization.quantize_dynamic(str(ready), str(made), op_types_to_quantize=_DYNAMIC, **settings)
         else: quantization.quantize_static(str(ready), str(made), batches, **settings)
-    _unsigned(made, ready)
-    kinds = _need('onnx').TensorProto
-    if not any(o.data_type in (kinds.INT8, kinds.UINT8) for o in _need('onnx').load(made).graph.initializer): raise ValueError(
+    if not _unsigned(made, ready): raise ValueError(
         f'nothing in {source} became integers: convolutions need calibration batches, such as `learn.dls.train`')
 
 # %% ../nbs/43_export.ipynb #cd17ab27

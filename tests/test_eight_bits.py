@@ -91,13 +91,11 @@ class Integers:
         given, n = settings(node), w.ndim - 2
         shape, groups = w.shape[2:], given.get('group', 1)
         x = patches(x, x_zero, shape, given.get('pads', [0]*2*n), given.get('strides', [1]*n), given.get('dilations', [1]*n))
-        rows, found = x.transpose(0, *range(2, 2 + n), 1, *range(2 + n, 2 + 2*n)), []
-        per_group = x.shape[1]//groups, len(w)//groups
-        for i in range(groups):
-            some = slice(i*per_group[1], (i + 1)*per_group[1])
-            a = rows.reshape(*rows.shape[:n + 1], groups, -1)[..., i, :] # channels are outermost, so a group's are together
+        rows, found = np.moveaxis(x, 1, -1), [] # pairs are channels, as onnxruntime has them
+        for channels, some in zip(*(np.split(np.arange(o), groups) for o in (rows.shape[-1], len(w)))):
+            a, weights = rows[..., channels].reshape(*rows.shape[:n + 1], -1), np.moveaxis(w[some], 1, -1).reshape(len(some), -1).T
             zero, scale = (o.reshape(-1)[some] for o in (w_zero, w_scale))
-            found.append(product(self.multiply, a, x_zero, w[some].reshape(per_group[1], -1).T, zero)*(x_scale*scale))
+            found.append(product(self.multiply, a, x_zero, weights, zero)*(x_scale*scale))
         return [np.moveaxis(np.concatenate(found, -1) + bias.reshape(-1), -1, 1)]
 
     def DynamicQuantizeLSTM(self, node, x, w, r, bias, lengths, h, c, peepholes, w_scale, w_zero, r_scale, r_zero):
@@ -186,7 +184,7 @@ def quantized(name, way, folder, file, **kwargs):
 
 def integers(file): return {o.name: o for o in onnx.load(file).graph.initializer if o.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)}
 
-def without_moving(monkeypatch): monkeypatch.setattr(export, '_unsigned', lambda *_: None)
+def without_moving(monkeypatch): monkeypatch.setattr(export, '_unsigned', lambda *_: True)
 
 @every
 def test_answers_are_those_of_integers(name, way, folder, tmp_path):
@@ -276,6 +274,37 @@ def test_integers_of_the_model_stay(way, tmp_path):
     whole = [to_array(o).tolist() for o in integers(small.file).values() if o.data_type == onnx.TensorProto.INT8]
     assert whole == [learn.model.signs.tolist()]
     assert (small(*xb) - source(*xb)).abs().max() < .05
+
+@pytest.mark.parametrize('name,way', [('mlp', 'static'), ('mlp', 'dynamic'), ('cnn', 'static'), ('table', 'dynamic'), ('lstm', 'dynamic')])
+@pytest.mark.parametrize('moved', [True, False], ids=['unsigned', 'signed'])
+def test_a_file_of_integers_is_no_source(moved, name, way, folder, tmp_path, monkeypatch):
+    "What another tool or an earlier version wrote would be copied, with weights that no processor but some adds exactly"
+    if not moved: without_moving(monkeypatch)
+    small, dl = quantized(name, way, folder, tmp_path/'int8.onnx')[0], exported(name, folder)[1]
+    monkeypatch.undo()
+    for source in small, small.file:
+        for calibration in None, dl:
+            with pytest.raises(ValueError, match=r'OnnxModel\(int8.onnx\) computes with integers already \(.*D.*: give the file that `export'):
+                quantize_onnx(source, tmp_path/'again.onnx', calibration, valid=dl, limit=10)
+    assert [o.name for o in tmp_path.iterdir()] == ['int8.onnx']
+
+class Signs(nn.Module):
+    "Has small integers, and no weight that the dynamic way knows"
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(1, 10, 8)
+        self.register_buffer('signs', torch.tensor([[1, -1]*5, [-1, 1]*5], dtype=torch.int8))
+
+    def forward(self, x, i): return self.layer(x).flatten(1)*self.signs[i]
+
+def test_integers_of_the_model_are_no_quantization(tmp_path):
+    dls = loaders([(images(), i%2, 0) for i in range(20)], bs=10)
+    dls.n_inp = 2
+    source = export_onnx(quiet(Learner(dls, seeded(Signs), CrossEntropyLossFlat())), tmp_path/'signs.onnx')
+    assert [o.data_type for o in integers(source.file).values()] == [onnx.TensorProto.INT8]
+    with pytest.warns(UserWarning, match='convolutions stay'), pytest.raises(ValueError, match='nothing in .* became integers'):
+        quantize_onnx(source, tmp_path/'int8.onnx', valid=dls.valid)
+    assert not (tmp_path/'int8.onnx').exists()
 
 def test_attention_of_onnxruntime(tmp_path, monkeypatch):
     "A file from elsewhere, with the operator that onnxruntime has for itself"
