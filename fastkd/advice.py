@@ -96,8 +96,9 @@ def _too_quiet(loss, part, share, reason, room):
     if reason and share < 1e-5: return said + reason # what is left is rounding
     if share == 0: return said + 'No parameter that is trained has a gradient from it on this batch'
     for_a_tenth = float(f'{part.factor*.1/share:.0e}')
-    factor, why = (usual, 'Its usual factor is') if part.factor < usual <= room*part.factor else (for_a_tenth, 'For a tenth of it, the factor is')
-    return said + f'{why} {factor:g}: loss={_with_factor(loss, part, factor)}'
+    if part.factor < usual <= room*part.factor: return said + f'Its usual factor is {usual:g}: loss={_with_factor(loss, part, usual)}'
+    drowns = f'Its usual factor, {usual:g}*{part.loss!r}, would drown the labels here. ' if usual > part.factor else ''
+    return said + f'{drowns}For a tenth of the task loss, the factor is {for_a_tenth:g}: loss={_with_factor(loss, part, for_a_tenth)}'
 
 def _too_loud(loss, part, share):
     "The message for a part that drowns the labels"

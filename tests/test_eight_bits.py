@@ -287,6 +287,7 @@ def test_a_file_of_integers_is_no_source(moved, name, way, folder, tmp_path, mon
             with pytest.raises(ValueError, match=r'OnnxModel\(int8.onnx\) computes with integers already \(.*D.*: give the file that `export'):
                 quantize_onnx(source, tmp_path/'again.onnx', calibration, valid=dl, limit=10)
     assert [o.name for o in tmp_path.iterdir()] == ['int8.onnx']
+    quantize_onnx(exported(name, folder)[0], tmp_path/'again.onnx', dl if way == 'static' else None, valid=dl, limit=10) # what it says
 
 class Signs(nn.Module):
     "Has small integers, and no weight that the dynamic way knows"

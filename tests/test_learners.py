@@ -261,6 +261,12 @@ def test_refused(name):
         found = found.teachers[0] if isinstance(found, Ensemble) else found
         assert found.seen((torch.zeros(1, 4), torch.ones(1, 3)))[1].tolist() == [[1., 1., 1.]]
 
+def test_a_fill_that_is_told():
+    "What the message about missing values says helps"
+    df = houses()
+    told = table(df, (Categorify, FillMissing(add_col=True), Normalize))
+    agree(table(df), told, df)
+
 def test_procs_of_ones_own_in_both():
     "At the beginning they are of the raw table"
     df = houses()
@@ -412,6 +418,7 @@ def test_one_column_for_two_classes():
     teacher, student = many(SIZES, model=Several(1, form=lambda o: o[0])), many(SIZES[::-1])
     with pytest.raises(ValueError, match=r'its prediction \(6, 1\) has no column for each of 2 classes'):
         as_teacher(teacher, student).outputs(X)
+    assert as_teacher(teacher, many(SIZES)).outputs(X)[0].shape == (6, 1) # what it says helps
 
 def test_names_in_an_exported_file(tmp_path):
     "Are those of the output that is exported, or none"
@@ -487,6 +494,12 @@ def test_padding():
     teacher.dls.train.before_batch.fs[0].pad_first = False
     with pytest.warns(UserWarning, match=r'at the beginning and the teacher.*were at the end: .*pad_first=False'):
         as_teacher(teacher, text_learner())
+    student = text_learner()
+    for dl in student.dls.loaders: dl.before_batch.fs[0].pad_first = False
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        as_teacher(teacher, student)
+    assert not [o for o in said if 'filled up' in str(o.message)] # what it says helps
 
 READ_OTHERWISE = [(dict(rules=[]), r"rules: \['lower'\] and \[\]"), (dict(rules=[str.upper]), 'rules: '),
     (dict(texts=['ein hund', 'eine katze']), "lacks 4 of the student's words"), (dict(backwards=True), "direction: 'forwards' and"),

@@ -443,7 +443,7 @@ def eight_bits(folder, code='valid=learn.dls.valid', learn=None):
 case('a report needs labels: give it a `dl` that has them',
     lambda _: report(student(), teacher(), dl=[(torch.randn(5, 1, 8, 8),)], n_runs=0), '`dl`',
     lambda code, _: report(student(), teacher(), dl=[(torch.randn(5, 1, 8, 8), torch.zeros(5).long())], n_runs=0))
-case('give a `dl` that does not shuffle', lambda _: shown(shuffle=True).disagreements(), 'does not shuffle',
+case('give a `dl` of fastai, one that does not shuffle', lambda _: shown(shuffle=True).disagreements(), 'does not shuffle',
     lambda code, _: shown(shuffle=False).disagreements())
 def shown(**kwargs):
     dl = torch.utils.data.DataLoader(digits()[:50], batch_size=25, **kwargs)
@@ -507,7 +507,26 @@ def unwritten(folder):
     learn.save('c')
     return learn
 case('was not written by `learn.save_checkpoint`', lambda folder: unwritten(folder).load_checkpoint('c'), r'learn\.save_checkpoint',
-    lambda code, folder: (run(code, learn=(learn := unwritten(folder)))('c'), learn.load_checkpoint('c')))
+    lambda code, folder: (run(code, learn=(learn := unwritten(folder)))('own'), learn.load_checkpoint('own')))
+for found in (r'start_epoch=learn.*?\)', r"CheckpointCallback\(fname='another'\)", r"learn\.save_checkpoint\('another'\)"):
+    case('is not of this run, and stays as it is', lambda folder: (checkpoint(folder), placed(student(), folder).save_checkpoint('c')), found,
+        lambda code, folder: goes_on(code, folder, checkpoint(folder).read_bytes()))
+def goes_on(code, folder, before):
+    learn = placed(student(), folder)
+    if code.startswith('start_epoch'): started(learn).fit(1, cbs=CheckpointCallback('c'), **run(f'dict({code})', learn=learn))
+    elif code.startswith('learn'): run(code, learn=learn)
+    else: fit(run(code), learn=learn)
+    assert code.startswith('start_epoch') or (folder/'models'/'c.pth').read_bytes() == before and (folder/'models'/'another.pth').exists()
+case('make it with the `opt_func` that was used', lambda folder: (checkpoint(folder), trains_with('SGD', folder).load_checkpoint('c')),
+    '(?<=`)opt_func', lambda code, folder: (checkpoint(folder), trains_with('Adam', folder, code).load_checkpoint('c')))
+def trains_with(opt, folder, name='opt_func'): return placed(learner(n=50, **{name: vars(fastai.basics)[opt]}), folder)
+case('make the learner with the `opt_func` that was used', lambda _: went_on(dict(opt_func=fastai.basics.SGD)), '(?<=`)opt_func',
+    lambda code, _: went_on({code: fastai.basics.Adam}))
+def went_on(kwargs):
+    first, second = (KD(teacher(), FitNet(), 'block2', 'block2') for _ in range(2))
+    fit(first)
+    second.load_state_dict(first.state_dict())
+    fit(second, learn=learner(n=50, **kwargs))
 case('pass all callbacks that were saved, `cbs=[…]`',
     lambda folder: (checkpoint(folder, cb()), placed(student(), folder).load_checkpoint('c')), r'(?<=cbs=)\[…\]',
     lambda code, folder: (checkpoint(folder, cb()), placed(student(), folder).load_checkpoint('c', cbs=run(code, 'cb()'))))
@@ -533,14 +552,34 @@ def reads(words):
         CrossEntropyLossFlat()))
     learn.dls.vocab = [words, ['no', 'yes']]
     return learn
-OF_TEACHER, OF_STUDENT = ['xxunk', 'a', 'cat'], ['xxunk', 'dog', 'a']
-case('with the vocabulary of the teacher, or pass `teacher_input`',
-    lambda _: fit(KD(reads(OF_TEACHER), SoftTarget), learn=reads(OF_STUDENT)), 'vocabulary of the teacher',
-    lambda code, _: fit(KD(reads(OF_TEACHER), SoftTarget), learn=reads(OF_TEACHER)))
-case('with the vocabulary of the teacher, or pass `teacher_input`',
-    lambda _: fit(KD(reads(OF_TEACHER), SoftTarget), learn=reads(OF_STUDENT)), 'teacher_input',
+OF_TEACHER, OF_STUDENT = ['xxunk', 'a', 'cat'], ['xxunk', 'dog', 'cow']
+OTHERWISE = ', or pass `teacher_input`, which makes the input of the teacher from that of the student'
+case("with the vocabulary of the teacher", lambda _: fit(KD(reads(OF_TEACHER), SoftTarget), learn=reads(OF_STUDENT)),
+    'vocabulary of the teacher', lambda code, _: fit(KD(reads(OF_TEACHER), SoftTarget), learn=reads(OF_TEACHER)))
+case(OTHERWISE, lambda _: fit(KD(reads(OF_TEACHER), SoftTarget), learn=reads(OF_STUDENT)), 'teacher_input',
     lambda code, _: fit(run(f'KD(teacher, SoftTarget, {code}=translated)', teacher=reads(OF_TEACHER)), learn=reads(OF_STUDENT)))
-def translated(x): return torch.tensor([0, 0, 1])[x]
+def translated(x): return torch.tensor([0, 1, 1])[x]
+
+# ---- positions
+
+def answers(): return StoredTeacher(torch.randn(50, 10))
+def stored(train):
+    learn = student()
+    learn.dls.loaders = [train, learn.dls.valid]
+    fit(KD(answers(), SoftTarget), learn=learn)
+def by_fastai(code): return run(code.replace('dataset, bs=…', 'dataset, bs=25, shuffle=True'), dataset=digits()[:50])
+case('is not of fastai; take DataLoader(dataset, bs=…) of fastai.data.load',
+    lambda _: stored(torch.utils.data.DataLoader(digits()[:50], batch_size=25)), r'DataLoader\(.*?\)', lambda code, _: stored(by_fastai(code)))
+class Streamed(torch.utils.data.IterableDataset):
+    def __iter__(self): return iter(digits()[:50])
+case('a stream has none; give a dataset with `__getitem__` and `__len__`', lambda _: stored(fastai.basics.DataLoader(Streamed(), bs=25)),
+    '(?<=`)__getitem__', lambda code, _: hasattr(list, code) and stored(fastai.basics.DataLoader(digits()[:50], bs=25)))
+class Whole:
+    def __len__(self): return 2
+    def __getitem__(self, i): return tuple(map(torch.stack, zip(*digits()[25*i:25*i + 25])))
+case('with bs=None its dataset makes whole batches; let it make single samples, and set bs',
+    lambda _: stored(fastai.basics.DataLoader(Whole(), bs=None)), 'set bs',
+    lambda code, _: stored(run(f"DataLoader(digits()[:50], {code.removeprefix('set ')}=25)")))
 
 def maps(): return dict(fm_s=dict(a=torch.randn(2, 3, 4, 4)), fm_t=dict(b=torch.randn(2, 3, 4, 4)))
 def margins(build=None):
@@ -585,12 +624,21 @@ case('or let torchvision download them with `torchvision', lambda folder: demo.f
 # tests in other files, where it takes processes, or what is set up there
 ELSEWHERE = {'train with `with learn.distrib_ctx()': 'test_loop_ranks.py::test_adapters_and_schedules',
     'set fastkd.losses.core.LARGE = math.inf first': 'test_many_logits.py::test_second_derivatives_are_refused',
-    'give dls.test_dl(df), not a': 'test_unlabelled.py::test_tables'}
+    'give dls.test_dl(df), not a': 'test_unlabelled.py::test_tables',
+    'returns no output for each of them but a': 'test_learners.py::test_all_targets_in_one_tensor_in_a_fit',
+    'build the data of both with one `vocab`': 'test_learners.py::test_one_column_for_two_classes',
+    "F.interpolate(x, …, mode='bilinear')": 'test_learners.py::test_another_size',
+    'renormalize(…, student=statistics(learn)': 'test_learners.py::test_another_size',
+    ': with teacher_input=lambda x: ': 'test_learners.py::test_another_size',
+    'Pad_Chunk(pad_first=': 'test_learners.py::test_padding',
+    'ImageBlock(PILImage) or ImageBlock(PILImageBW)': 'test_learners.py::test_another_mode',
+    'use FillMissing(add_col=True)': 'test_learners.py::test_a_fill_that_is_told',
+    'computes with integers already': 'test_eight_bits.py::test_a_file_of_integers_is_no_source'}
 # what looks like code and is no remedy: what a setting is called, how something is written, what the error is about
 NO_REMEDY = ['logits of the student, `(bs', "the batch's labels, or `Mixed`", 'positions that count, a bool tensor',
     'positions of the samples in the dataset, `(bs', 'dimension of `pred` that holds', 'more than tolerance=', 'more than limit=',
     'make_learner(…) returns a Learner, not', 'BoxRegression: `positives` ', 'rate=None has no use', 'without factors (rate=None)',
-    'is needed, not start_pct=', 'the curve of `Stages`']
+    'is needed, not start_pct=', 'the curve of `Stages`', 'Lookahead(k=…, alpha=…) of …']
 
 CODE = re.compile(r'`|\b\w+=[\w…\'"\[{(]|\w\((?!s\))[\w…\'"\[{(]|\w\(\)|pip install|\blearn\.\w')
 

@@ -80,16 +80,6 @@ class Loss(nn.Module):
         self.check_setting(name, value)
         super().__setattr__(name, value)
 
-    def check_setting(self, name, value):
-        "Raise a ValueError where a setting is out of range"
-        if not any(name in names for names in (self.positive, self.at_least, self.below, self.whole)): return
-        what, least = f'{type(self).__name__}: {name}', self.at_least.get(name, -math.inf)
-        if not isinstance(value, Number) or isinstance(value, bool): raise TypeError(f'{what} is a number, not {value!r}')
-        if name in self.positive and not 0 < value < math.inf: raise ValueError(f'{what} must be positive and finite, not {value:g}')
-        if not least <= value < math.inf: raise ValueError(f'{what} must be at least {least:g} and finite, not {value:g}')
-        if value >= self.below.get(name, math.inf): raise ValueError(f'{what} must be below {self.below[name]:g}, not {value:g}')
-        if name in self.whole and value != int(value): raise ValueError(f'{what} is a whole number, not {value:g}')
-
     def make_learned(self,
         probe, # What one sample looks like, a `Probe`
     ): # A module with everything that is learned or remembered; None where there is nothing
@@ -116,6 +106,18 @@ class Loss(nn.Module):
         said = lambda value: getattr(value, '__name__', repr(value)) # a function by its name, not by where it stands in memory
         shown = [f'{p.name}={said(settings[p.name])}' for p in params if type(p.default) in (int, float) or settings[p.name] != p.default]
         return f"{type(self).__name__}({', '.join(shown)})"
+
+# %% ../../nbs/10_losses.core.ipynb #d19569a1
+@patch
+def check_setting(self:Loss, name, value):
+    "Raise a ValueError where a setting is out of range"
+    if not any(name in names for names in (self.positive, self.at_least, self.below, self.whole)): return
+    what, least = f'{type(self).__name__}: {name}', self.at_least.get(name, -math.inf)
+    if not isinstance(value, Number) or isinstance(value, bool): raise TypeError(f'{what} is a number, not {value!r}')
+    if name in self.positive and not 0 < value < math.inf: raise ValueError(f'{what} must be positive and finite, not {value:g}')
+    if not least <= value < math.inf: raise ValueError(f'{what} must be at least {least:g} and finite, not {value:g}')
+    if value >= self.below.get(name, math.inf): raise ValueError(f'{what} must be below {self.below[name]:g}, not {value:g}')
+    if name in self.whole and value != int(value): raise ValueError(f'{what} is a whole number, not {value:g}')
 
 # %% ../../nbs/10_losses.core.ipynb #5129ccc2
 def _tensors(inputs):
