@@ -79,8 +79,8 @@ def unbalanced_parts(
         if part.factor == 0 or getattr(part.loss, 'starts_silent', False): continue
         size = part.factor*_gradient_size(values[part.name], params, scale)
         if scale == 1 and math.isfinite(of_task) and not math.isfinite(size):
-            raise ValueError(f'{part}: its gradient on the student is not finite, though its value is. A root or a logarithm has none at 0, '
-                'so add a small number first: (x + 1e-8).sqrt()')
+            raise ValueError(f'{part}: its gradient on the student is not finite, though its value is. A root or a logarithm has none at '
+                '0, so add a small number first: (x + 1e-8).sqrt()')
         share, reason = weight*size/(task_weight*of_task or 1), (reasons or {}).get(part.name)
         if weight*size < quiet*task_weight*of_task: said[part.name] = _too_quiet(loss, part, share, reason, loud*of_task/(size or 1))
         elif of_task > 0 and size > loud*of_task: said[part.name] = _too_loud(loss, part, size/of_task)

@@ -263,7 +263,7 @@ def test_nothing_is_said_of_what_works(loss): assert messages(student(), KD(trai
 def test_advice_is_given_once():
     said = messages(student(), KD(seeded(convnet, 16), 10*SoftTarget() + Attention(), BLOCKS, BLOCKS, weight=.02), n_fits=2)
     assert ['the teacher is right on' in o for o in said] == [True, False]
-    assert '1000*Attention(p=2)' in said[1]
+    assert '1000*Attention(p=2), would drown the labels here. For a tenth of the task loss, the factor is' in said[1]
 
 def test_a_part_that_drowns_the_labels():
     "The usual factor is one for large maps; on 8x8 pictures it is named, with one that fits"
@@ -328,6 +328,9 @@ def test_a_schedule_that_begins_at_zero_gets_the_same_advice():
         for schedule in None, cos:
             said = messages(student(), *cbs, KD(trained_teacher(), Attention(), 'block2', 'block2', .02, schedule))
             assert len(said) == 1 and '1000*Attention(p=2)' in said[0]
+            factor = float(said[0].split('the factor is ')[1].split(':')[0])
+            assert 10 < factor < 100
+            assert messages(student(), *cbs, KD(trained_teacher(), factor*Attention(), 'block2', 'block2', .02, schedule)) == []
 
 def test_ignored_labels_are_no_chance():
     "A teacher that is right wherever labels count is not at chance"

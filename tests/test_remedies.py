@@ -625,15 +625,12 @@ case('or let torchvision download them with `torchvision', lambda folder: demo.f
 ELSEWHERE = {'train with `with learn.distrib_ctx()': 'test_loop_ranks.py::test_adapters_and_schedules',
     'set fastkd.losses.core.LARGE = math.inf first': 'test_many_logits.py::test_second_derivatives_are_refused',
     'give dls.test_dl(df), not a': 'test_unlabelled.py::test_tables',
-    'returns no output for each of them but a': 'test_learners.py::test_all_targets_in_one_tensor_in_a_fit',
-    'build the data of both with one `vocab`': 'test_learners.py::test_one_column_for_two_classes',
-    "F.interpolate(x, …, mode='bilinear')": 'test_learners.py::test_another_size',
-    'renormalize(…, student=statistics(learn)': 'test_learners.py::test_another_size',
-    ': with teacher_input=lambda x: ': 'test_learners.py::test_another_size',
-    'Pad_Chunk(pad_first=': 'test_learners.py::test_padding',
-    'ImageBlock(PILImage) or ImageBlock(PILImageBW)': 'test_learners.py::test_another_mode',
-    'use FillMissing(add_col=True)': 'test_learners.py::test_a_fill_that_is_told',
     'computes with integers already': 'test_eight_bits.py::test_a_file_of_integers_is_no_source'}
+OF_LEARNERS = {'returns no output for each of them but a': 'all_targets_in_one_tensor_in_a_fit', 'Pad_Chunk(pad_first=': 'padding',
+    'build the data of both with one `vocab`': 'one_column_for_two_classes', "F.interpolate(x, …, mode='bilinear')": 'another_size',
+    'renormalize(…, student=statistics(learn)': 'another_size', ': with teacher_input=lambda x: ': 'another_size',
+    'ImageBlock(PILImage) or ImageBlock(PILImageBW)': 'another_mode', 'use FillMissing(add_col=True)': 'a_fill_that_is_told'}
+ELSEWHERE |= {said: f'test_learners.py::test_{name}' for said, name in OF_LEARNERS.items()}
 # what looks like code and is no remedy: what a setting is called, how something is written, what the error is about
 NO_REMEDY = ['logits of the student, `(bs', "the batch's labels, or `Mixed`", 'positions that count, a bool tensor',
     'positions of the samples in the dataset, `(bs', 'dimension of `pred` that holds', 'more than tolerance=', 'more than limit=',
