@@ -394,8 +394,8 @@ def _discard(self:CachedTeacher, control):
     "Let all answers go that came with a control sample"
     for block in [o for o in self.memory.blocks if control.names() & {*o.tensors}]: self.memory.drop(block)
     if self.memory.controls.pop(control.id, None) is not None: _let_go(control)
-    warnings.warn(f'{self.teacher} answers otherwise than when its answers were stored, and its fingerprint is the same: they are '
-        'discarded and computed again', stacklevel=2)
+    warnings.warn(f'{self.teacher} answers otherwise than when its answers were stored, and its fingerprint is the same: the '
+        'stored answers are discarded and computed again', stacklevel=2)
 
 def _close(one, other, tol):
     "Whether two answers are equal but for rounding, relative to the largest number in them"
@@ -492,7 +492,7 @@ def _give_up(self:CachedTeacher, asked):
         if o.file in self.earlier: o.file = None
     for block in list(self.memory.blocks): self.memory.drop(block)
     warnings.warn(f'of {asked} inputs in the last epoch the teacher had seen almost none before, so answers are no longer kept. Random '
-        'augmentation does that: leave it out to train with a cache, or take the teacher without one, at the same price' + full,
+        'augmentation does that' + full + '. Train without augmentation, or pass the teacher without a cache, which costs the same',
         stacklevel=2)
 
 # %% ../nbs/23_cache.ipynb #040301c0

@@ -229,7 +229,8 @@ def _check_layout(file, saved, here):
             'with the `opt_func` that was used')
     theirs, ours = saved['groups'], here['groups']
     if len(theirs) != len(ours):
-        raise ValueError(f'{file.name} holds {len(theirs)} parameter groups, and this learner has {len(ours)}: is it the same splitter?')
+        raise ValueError(f'{file.name} holds {len(theirs)} parameter groups, and this learner has {len(ours)}: make it with the splitter '
+            'that was used')
     for i, pair in enumerate(zip(theirs, ours)):
         for there, now in zip_longest(*pair):
             if there != now: raise ValueError(f'{file.name} holds other parameters in group {i}: {there or "none"}, where this learner has '
@@ -241,8 +242,8 @@ def _check_random(file, saved, here):
     drawn = [[(rng is None, len(generators)) for rng, generators in zip(o['shuffling'], o['generators'])] for o in (saved, here)
         if saved.keys() == here.keys()]
     if not drawn or any(a != b for a, b in zip(*drawn)):
-        raise ValueError(f'{file.name} was saved with loaders that shuffle in another way: is it a DataLoader of fastai here, '
-            'and of PyTorch there?')
+        raise ValueError(f"{file.name} was saved with loaders that shuffle in another way: use the kind of DataLoader that was used then, "
+            "fastai's or PyTorch's")
 
 # %% ../nbs/32_checkpoints.ipynb #32000012
 def _optimizers(learn):

@@ -70,7 +70,8 @@ def matching_columns(
     if only_s or only_t or len(names_s) != len(names_t):
         said = lambda side, names: f"only the {side} has {', '.join(f'{name} ({type(name).__name__})' for name in names[:5])}"
         found = [said(*o) for o in (('student', only_s), ('teacher', only_t)) if o[1]] or ['one of them has a class twice']
-        raise ValueError(f"student and teacher were made for other classes ({len(names_s)} and {len(names_t)}): {'; '.join(found)}")
+        raise ValueError(f"student and teacher were made for other classes ({len(names_s)} and {len(names_t)}): {'; '.join(found)}. "
+            "Take a teacher that was trained on the student's classes")
     return torch.tensor([names_t.index(name) for name in names_s])
 
 # %% ../nbs/22_learners.ipynb #8eb32428
@@ -179,8 +180,8 @@ def _check_words(student, teacher, place):
     if not all(ways) or ways[0] == ways[1]: return
     name = next(name for name, o in ways[0].items() if o != ways[1][name])
     said = 'which differs' if name in ('model', 'code') else '{!r} and {!r}'.format(*(way[name] for way in ways))
-    raise ValueError(f"student and teacher make other words of a text ({name}: {said}): give the student's data the tokenizer of the "
-        'teacher' + _ELSE)
+    raise ValueError(f"student and teacher split texts into words differently ({name}: {said}): give the student's data the tokenizer of "
+        'the teacher' + _ELSE)
 
 # %% ../nbs/22_learners.ipynb #cae64fa6
 def padding(

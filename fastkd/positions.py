@@ -175,8 +175,8 @@ def untraced(
     n:int, # How many samples the batch has
 ) -> str: # What is wrong, and what would do; empty where nothing is
     "Why the samples of a batch have no positions"
-    if index is None: return 'its rows could not be traced; read one sample for each, self.dataset[i], and collate in order'
-    return '' if len(index) == n else f'{len(index)} samples were made into {n} rows; collate each into one'
+    if index is None: return 'rows of a batch could not be traced to samples; read one for each row, self.dataset[i], and collate in order'
+    return '' if len(index) == n else f'{len(index)} samples were made into {n} rows; collate each sample into one row'
 
 # %% ../nbs/21_positions.ipynb #21d0001d
 def with_positions(

@@ -624,8 +624,8 @@ case('or let torchvision download them with `torchvision', lambda folder: demo.f
 # tests in other files, where it takes processes, or what is set up there
 ELSEWHERE = {'train with `with learn.distrib_ctx()': 'test_loop_ranks.py::test_adapters_and_schedules',
     'set fastkd.losses.core.LARGE = math.inf first': 'test_many_logits.py::test_second_derivatives_are_refused',
-    'give dls.test_dl(df), not a': 'test_unlabelled.py::test_tables',
-    'computes with integers already': 'test_eight_bits.py::test_a_file_of_integers_is_no_source'}
+    'give dls.test_dl(df), not a': 'test_unlabelled.py::test_tables'}
+ELSEWHERE['computes with integers already'] = 'test_eight_bits.py::test_a_file_of_integers_is_no_source'
 OF_LEARNERS = {'returns no output for each of them but a': 'all_targets_in_one_tensor_in_a_fit', 'Pad_Chunk(pad_first=': 'padding',
     'build the data of both with one `vocab`': 'one_column_for_two_classes', "F.interpolate(x, …, mode='bilinear')": 'another_size',
     'renormalize(…, student=statistics(learn)': 'another_size', ': with teacher_input=lambda x: ': 'another_size',
