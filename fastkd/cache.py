@@ -7,7 +7,7 @@ __all__ = ['N_CONTROL', 'SHARD_BYTES', 'fingerprints', 'Block', 'Memory', 'write
            'identity', 'ControlSample', 'read_controls', 'CachedTeacher']
 
 # %% ../nbs/23_cache.ipynb #23c00001
-import hashlib, io, os, re, warnings
+import hashlib, io, os, pickle, re, warnings
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor, nn
 from .fingerprint import Description
-from .learners import from_learner
+from .learners import class_names, from_learner
 from .losses.core import _tensors
 from .modules import unwrap_model
 from .shared import content_digest, needed, remove_abandoned, whole_file
@@ -206,14 +206,23 @@ class ControlSample:
         question:tuple, # Identity of the teacher, where it runs, and types and shapes of an input
         inputs:tuple, # Inputs of `n` samples, nested as the teacher takes them
         answers:dict, # What the teacher answered, `(n, ...)`, by field
+        classes:list=None, # The student's classes, to whose order the answers were brought
+        translates:bool=False, # Whether the teacher's input is made from the student's
     ):
         file = io.BytesIO()
         self.question, self.inputs, self.answers, self.file = question, _on_cpu(inputs), _on_cpu(answers), None
-        torch.save(dict(question=self.question, inputs=self.inputs, answers=self.answers), file)
+        self.classes, self.translates = classes, translates
+        torch.save(dict(question=question, inputs=self.inputs, answers=self.answers, classes=classes, translates=translates), file)
         self.id, self.content = hashlib.blake2b(file.getvalue(), digest_size=16).hexdigest(), file.getvalue()
 
     def name(self, field): return f'{field} {self.id}'
     def names(self): return {self.name(field) for field in self.answers}
+
+    def check(self):
+        "Raise a TypeError where the file could not be read again"
+        try: torch.load(io.BytesIO(self.content), weights_only=True)
+        except pickle.UnpicklingError as e: raise TypeError("a cache on disk keeps inputs of the teacher that are tensors, numbers and "
+            f"texts, in lists, tuples and dicts, and this teacher's are others: keep it in memory, CachedTeacher(teacher): {e}") from e
 
     def write(self, folder):
         "Write the file, unless it is there"
@@ -229,7 +238,8 @@ def read_controls(
     "All control samples of a folder"
     found = []
     for file in sorted(folder.glob('*.control')):
-        content = file.read_bytes()
+        try: content = file.read_bytes()
+        except FileNotFoundError: continue # another process let it go just now
         if hashlib.blake2b(content, digest_size=16).hexdigest() != file.stem: raise _damaged(file)
         found.append(ControlSample(**torch.load(io.BytesIO(content), weights_only=True)))
         found[-1].id, found[-1].content, found[-1].file = file.stem, content, file
@@ -251,9 +261,9 @@ class CachedTeacher(Teacher):
         self.source, self.path, self.memory = teacher, path and Path(path), Memory(max_bytes)
         self.teacher = Frozen(teacher) if isinstance(teacher, nn.Module) else None if isinstance(teacher, Learner) else teacher
         self.hits, self.misses, self.n_pending, self.checked, self.verified = 0, 0, 0, set(), set()
-        self.character, self.identity, self.versions, self.watched = None, None, None, None
+        self.character, self.described, self.identity, self.versions, self.watched = None, None, None, None, None
         self.repeats, self.kinds, self.epoch_start, self.n_epoch, self.n_fruitless = True, set(), (0, 0), 0, 0
-        self.earlier = set()
+        self.earlier, self.classes, self.edited = set(), None, False
         if self.path: self._open()
 
     def settings(self): return () if self.teacher is None else self.teacher.settings()
@@ -353,7 +363,9 @@ def _identity(self:CachedTeacher):
     if self.source is None: return None
     weights = [value for _, value in _weights(self.teacher)]
     versions = [(value.data_ptr(), value._version) for value in weights]
-    if self.character is None: self.character = character(self.teacher, self.path is not None)
+    if self.character is None:
+        before, self.character = self.described, character(self.teacher, self.path is not None)
+        self.edited, self.described = self.edited or before not in (None, self.character), self.character
     if versions != self.versions:
         self.identity, self.versions = identity(self.teacher, described=self.character), versions
         self.watched = [value.detach() for value in weights] # while these live, no other weights take their places in memory
@@ -368,6 +380,11 @@ def _controls(self:CachedTeacher, question):
     found = [o for o in controls if o.question[2] == question[2]]
     if len({o.question[0] for o in found}) > 1:
         raise ValueError(f'{self.path} holds answers of several teachers: give the one that is meant, CachedTeacher(teacher, path)')
+    if any(o.translates for o in found): raise ValueError(f'the input of the teacher in {self.path} was made from that of the student: give '
+        'the teacher, CachedTeacher(teacher, path)')
+    if any(o.classes != self.classes for o in found if None not in (o.classes, self.classes)):
+        raise ValueError(f'the answers in {self.path} are for classes in another order, or others, than those of this student: give the '
+            'teacher, CachedTeacher(teacher, path)')
     return found
 
 @patch
@@ -438,7 +455,9 @@ N_CONTROL = 8 # inputs in a control sample
 def _control(self:CachedTeacher, question, inputs, answers, fields, names):
     "Keep a control sample, and add the names of its answers"
     n = len(_tensors(inputs)[0])
-    control = ControlSample(question, inputs, {field: answers[field][:n] for field in fields})
+    translates = getattr(self.teacher, 'inputs', None) is not None
+    control = ControlSample(question, inputs, {field: answers[field][:n] for field in fields}, self.classes, translates)
+    if self.path: control.check()
     self.memory.controls[control.id] = control
     self.verified |= {(control.id, field) for field in fields}
     for field in fields: names[field].append(control.name(field))
@@ -457,8 +476,8 @@ def _rounding(self:CachedTeacher, answer):
     "How far answers may differ: in batches of other sizes, and in the same batch at another time, where another machine may compute"
     device, half = answer.device.type, (torch.float16, torch.bfloat16)
     weights = [value.dtype for _, value in _weights(self.teacher)]
-    if torch.is_autocast_enabled(device) or any(o in half for o in (answer.dtype, *self.teacher.settings(), *weights)): return 5e-2, 5e-2
-    return (1e-3, 1e-5) if device == 'cpu' else (1e-2, 1e-2) # elsewhere float32 may be TF32
+    if torch.is_autocast_enabled(device) or any(o in half for o in (answer.dtype, *self.teacher.settings(), *weights)): return 5e-2, 1e-2
+    return (1e-3, 1e-5) if device == 'cpu' else (1e-2, 1e-3) # elsewhere float32 may be TF32
 
 @patch
 def _keep(self:CachedTeacher, keys, fresh, names):
@@ -491,9 +510,10 @@ def _give_up(self:CachedTeacher, asked):
     for o in (*self.memory.blocks, *self.memory.controls.values()):
         if o.file in self.earlier: o.file = None
     for block in list(self.memory.blocks): self.memory.drop(block)
-    warnings.warn(f'of {asked} inputs in the last epoch the teacher had seen almost none before, so answers are no longer kept. Random '
-        'augmentation does that' + full + '. Train without augmentation, or pass the teacher without a cache, which costs the same',
-        stacklevel=2)
+    why = 'Random augmentation does that' + full + '. Train without augmentation, or pass'
+    if self.edited: why = 'Its code or an attribute of it changed from epoch to epoch, as a counter in `forward` does. Leave that out, or pass'
+    warnings.warn(f'of {asked} inputs in the last epoch the teacher had seen almost none before, so answers are no longer kept. {why} the '
+        'teacher without a cache, which costs the same', stacklevel=2)
 
 # %% ../nbs/23_cache.ipynb #040301c0
 @patch(as_prop=True)
@@ -539,6 +559,8 @@ def for_student(self:CachedTeacher, learn, axis=1):
     if isinstance(self.source, Learner):
         self.teacher, self.character, self.versions = from_learner(self.source, learn, axis=axis), None, None
     elif self.source is not None: self.teacher = self.teacher.for_student(learn, axis)
+    names = class_names(learn)
+    self.classes = None if names is None else [*map(str, names)]
     self.n_epoch = max(self.n_epoch, getattr(learn.dls.train, 'n', None) or 0)
     return self
 
@@ -568,7 +590,7 @@ def precompute(self:CachedTeacher,
 ):
     "Ask about every sample of a loader, with a progress bar"
     n_inp = getattr(dl, 'n_inp', 1)
-    self.repeats = True
+    self.repeats, self.character, self.versions, self.verified = True, None, None, set() # as at the beginning of an epoch
     with no_random(reproducible=False):
         if hasattr(dl, 'new'): dl = dl.new(shuffle=False, drop_last=False) # which draws a seed
         for batch in progress_bar(dl): self.outputs(tuple(batch[:n_inp]) if isinstance(batch, (tuple, list)) else (batch,), layers, pred)

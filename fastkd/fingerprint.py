@@ -12,17 +12,19 @@ from collections import deque
 from collections.abc import Mapping
 from enum import Enum
 from functools import _lru_cache_wrapper, cached_property, partial, partialmethod, singledispatch
+from operator import attrgetter, itemgetter, methodcaller
 from numbers import Number
 from pathlib import Path
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
 
-import numpy as np, torch
+import numpy as np, re, torch
+from fastcore.foundation import L
 from torch import Tensor, nn
-from .description import is_own
+from .description import instructions, is_own, named
 from .shared import content_digest
 
 # %% ../nbs/05_fingerprint.ipynb #e2517515
-_LEAVES = type(None), type(...), bool, Number, str, bytes, Path, range, slice, Enum, torch.dtype, torch.device, torch.Size
+_LEAVES = type(None), type(...), bool, Number, str, bytes, Path, range, slice, Enum, re.Pattern, torch.dtype, torch.device, torch.Size
 
 class Description:
     "Digests of objects; equal objects have equal digests in every process"
@@ -62,7 +64,7 @@ def _parts(o, describe):
 def _(o:Tensor|np.ndarray, describe): return [content_digest(dict(values=o))]
 
 @_parts.register
-def _(o:list|tuple|deque, describe): return [len(o), *o]
+def _(o:list|tuple|deque|L, describe): return [len(o), *o]
 
 # %% ../nbs/05_fingerprint.ipynb #3901ace9
 @_parts.register
@@ -72,33 +74,31 @@ def _(o:set|frozenset, describe): return [len(o), *sorted(map(describe, o))]
 def _(o:Mapping, describe): return [type(o), len(o), *(part for item in o.items() for part in item)]
 
 # %% ../nbs/05_fingerprint.ipynb #ada36c42
-def _codes(code): return [code, *(inner for o in code.co_consts if isinstance(o, CodeType) for inner in _codes(o))]
-
-def _instructions(code):
-    "What a function does, without the place where it stands"
-    return [code.co_code, code.co_names, *[o for o in code.co_consts if not isinstance(o, CodeType)]]
-
-# %% ../nbs/05_fingerprint.ipynb #cba9170c
 def _content(cell):
     try: return cell.cell_contents
     except ValueError: return None # a function that names itself, and is not there yet
 
-def _outside(func):
-    "What a function of yours names and does not define, by name; of your modules what it names of them"
-    names = sorted({name for code in _codes(func.__code__) for name in code.co_names})
-    found = {name: func.__globals__[name] for name in names if name in func.__globals__}
-    modules = [(name, o) for name, o in found.items() if isinstance(o, ModuleType) and is_own(o.__name__)]
-    return found | {f'{name}.{inner}': vars(o)[inner] for name, o in modules for inner in names if inner in vars(o)}
+_PLAIN = *_LEAVES, FunctionType, BuiltinFunctionType, type, partial
+
+def _is_setting(o):
+    "Whether a list or a dict holds settings and functions; one of tensors, or an empty one, may be where something is noted"
+    if not isinstance(o, (list, tuple, set, frozenset, dict, deque)): return True
+    inner = [*o.values()] if isinstance(o, dict) else [*o]
+    return len(inner) > 0 and all(isinstance(part, _PLAIN) or isinstance(part, (list, tuple, dict)) and _is_setting(part) for part in inner)
+
+# %% ../nbs/05_fingerprint.ipynb #cba9170c
+def _outside(found):
+    "What stands outside of a function, and what is named of modules of yours, one after the other"
+    for name, o in found.items():
+        if isinstance(o, dict) and any(isinstance(part, (FunctionType, type, dict)) for part in o.values()): yield from _outside(o)
+        elif _is_setting(o): yield from (name, o)
 
 # %% ../nbs/05_fingerprint.ipynb #495e6822
-def _is_state(o): return isinstance(o, (list, dict, set, deque, ModuleType))
-
 @_parts.register
 def _(o:FunctionType, describe):
-    cells, outside = [_content(cell) for cell in o.__closure__ or ()], _outside(o) if is_own(o.__module__) else {}
-    held = [*cells, *(part for name, value in outside.items() for part in (name, value))]
-    code = [part for code in _codes(o.__code__) for part in _instructions(code)]
-    return [o.__module__, o.__qualname__, *code, o.__defaults__, o.__kwdefaults__, *(part for part in held if not _is_state(part))]
+    held = [*filter(_is_setting, map(_content, o.__closure__ or ())), *(_outside(named(o)) if is_own(o.__module__) else ())]
+    own = {name: value for name, value in vars(o).items() if name != '__wrapped__' and _is_setting(value)}
+    return [o.__module__, o.__qualname__, instructions(o), o.__defaults__, o.__kwdefaults__, own, *held]
 
 # %% ../nbs/05_fingerprint.ipynb #9c0ef981
 @_parts.register
@@ -110,6 +110,9 @@ def _(o:BuiltinFunctionType|ModuleType, describe): return [getattr(o, '__module_
 # %% ../nbs/05_fingerprint.ipynb #ddecd46b
 @_parts.register
 def _(o:partial|partialmethod, describe): return [o.func, o.args, o.keywords]
+
+@_parts.register
+def _(o:itemgetter|attrgetter|methodcaller, describe): return [*o.__reduce__()]
 
 @_parts.register
 def _(o:staticmethod|classmethod|_lru_cache_wrapper, describe): return [o.__wrapped__]
@@ -124,8 +127,7 @@ def _(o:cached_property, describe): return [o.func]
 # %% ../nbs/05_fingerprint.ipynb #4bde43b5
 def _defined(cls):
     "Methods, properties and constants of a class"
-    kinds = property, cached_property, partialmethod, classmethod, tuple, list, dict, set, frozenset, Tensor, *_LEAVES
-    return {name: o for name, o in sorted(vars(cls).items()) if callable(o) or isinstance(o, kinds) and not name.startswith('__')}
+    return {name: o for name, o in sorted(vars(cls).items()) if callable(o) or not name.startswith(('__', '_abc_'))}
 
 @_parts.register
 def _(cls:type, describe):

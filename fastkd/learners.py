@@ -64,7 +64,9 @@ def matching_columns(
     target:int=0, # Of several targets the one that is meant
 ): # Positions of the student's classes among the teacher's outputs; None where the order is the same or unknown
     "Where the student's classes are in the teacher's prediction; a ValueError where they are other classes"
-    names_s, names_t = ((target_names(learn)[target:] or [None])[0] for learn in (student, teacher))
+    of_student, of_teacher = map(target_names, (student, teacher))
+    if len(of_student) == 1: of_student = of_student*len(of_teacher) # whichever output of the teacher it is compared with
+    names_s, names_t = ((names[target:] or [None])[0] for names in (of_student, of_teacher))
     if names_s is None or names_t is None or names_s == names_t: return None
     only_s, only_t = [n for n in names_s if n not in names_t], [n for n in names_t if n not in names_s]
     if only_s or only_t or len(names_s) != len(names_t):
@@ -114,6 +116,9 @@ class Heads:
 @patch
 def unclear(self:Heads, output):
     "What to say where outputs do not belong to targets"
+    if self.heads(output) is not None:
+        return ("the teacher's outputs have classes in another order than the student's, and what `logits=` makes of them is none of them: "
+            'let it return one of the outputs as it is')
     size = f' {tuple(output.shape)}' if isinstance(output, Tensor) else f' of {len(output)}' if hasattr(output, '__len__') else ''
     return (f"the teacher has {len(self.sizes)} targets, some with classes in another order than the student's, and its model returns no "
         f"output for each of them but a {type(output).__name__}{size}: build the student's data with the teacher's classes, "

@@ -26,7 +26,10 @@ def optimizer_kind(
 ) -> str: # The same for two optimizers whose states mean the same
     "What takes the steps, in words"
     if isinstance(opt, Lookahead): return f'Lookahead(k={opt.k}, alpha={opt.alpha:g}) of {optimizer_kind(opt.opt)}'
-    if isinstance(opt, OptimWrapper): return ("torch's " if type(opt.opt).__module__.startswith('torch.') else '') + type(opt.opt).__name__
+    if isinstance(opt, OptimWrapper):
+        switches = [name for name in ('nesterov', 'amsgrad', 'maximize', 'centered') if any(o.get(name) for o in opt.opt.param_groups)]
+        name = ("torch's " if type(opt.opt).__module__.startswith('torch.') else '') + type(opt.opt).__name__
+        return name + (f" ({', '.join(switches)})" if switches else '')
     steps = [_step_name(step) for step in getattr(opt, 'cbs', [])]
     known = OF_FASTAI.get(steps[-1]) if steps and type(opt) is Optimizer else None
     name = type(opt).__name__ if known is None else f"fastai's {known}"

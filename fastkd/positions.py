@@ -114,15 +114,32 @@ def keeps_order(self:_Maker, items, batch, places):
     "Whether the rows of a batch are known to be those of `places`, or else of `items` in their order"
     by_fastai = all(str(getattr(o, '__module__', '')).startswith('fastai.') for o in (self._own.do_batch, self._own.create_batch))
     if places is not None and by_fastai: return True
-    in_order = [*range(len(items))]
-    with _random_kept(): other, back = self.make(items[::-1])
-    sources = in_order if places is None else places, [in_order[-1 - i] for i in (in_order if back is None else back)]
-    rows = []
-    for made, source in zip((batch, other), sources):
-        order = sorted(range(len(source)), key=source.__getitem__)
-        rows.append([x[order] for x in _tensors(made) if x.shape[:1] == (len(order),)])
-    return len(rows[0]) == len(rows[1]) and all(x.shape == y.shape and torch.allclose(x.double(), y.double(), equal_nan=True)
-        for x, y in zip(*rows))
+    in_order, rand = [*range(len(items))], random.Random(len(self.made))
+    if len(items) < 4: return self.makes_each(items, batch, places) # too few orders to tell one from another
+    rows = _in_order_of(batch, in_order if places is None else places)
+    for order in in_order[::-1], *(rand.sample(in_order, len(in_order)) for _ in range(2)):
+        with _random_kept(): other, back = self.make([items[i] for i in order])
+        if not _alike(rows, _in_order_of(other, [order[i] for i in (in_order if back is None else back)])): return False
+    return True
+
+# %% ../nbs/21_positions.ipynb #21d000c2
+@patch
+def makes_each(self:_Maker, items, batch, places):
+    "Whether each row of a small batch is what its item alone is made into"
+    rows = _in_order_of(batch, range(len(items)) if places is None else places)
+    with _random_kept(): alone = [_in_order_of(self.make([item])[0], [0]) for item in items]
+    return all(_alike([x[i:i + 1] for x in rows], one) for i, one in enumerate(alone))
+
+# %% ../nbs/21_positions.ipynb #21d000c3
+def _in_order_of(made, source):
+    "Tensors of a batch, their rows in the order of the items that they come from"
+    order = sorted(range(len(source)), key=source.__getitem__)
+    return [x[order] for x in _tensors(made) if x.shape[:1] == (len(order),)]
+
+def _alike(rows, others):
+    "Whether two batches are equal; a batch without rows is equal to none"
+    return 0 < len(rows) == len(others) and all(x.shape == y.shape and torch.allclose(x.double(), y.double(), equal_nan=True)
+        for x, y in zip(rows, others))
 
 # %% ../nbs/21_positions.ipynb #21d0000f
 class _Taken(_Proxy):
@@ -160,6 +177,7 @@ def no_positions(
     if not isinstance(dl, DataLoader): return f'{type(dl).__name__} is not of fastai; take DataLoader(dataset, bs=…) of fastai.data.load'
     dl = loader_behind(dl)
     if not dl.indexed or dl.n is None: return 'a stream has none; give a dataset with `__getitem__` and `__len__`'
+    if not type(dl).__iter__.__module__.startswith('fastai.'): return 'its class has an `__iter__` of its own; leave that to fastai'
     return 'with bs=None its dataset makes whole batches; let it make single samples, and set bs' if dl.bs is None else ''
 
 def check_positions(

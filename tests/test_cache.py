@@ -339,14 +339,14 @@ def test_what_is_unchanged_is_known(tmp_path):
 
 def test_a_teacher_that_no_fingerprint_sees(tmp_path):
     "What it says depends on something outside: noticed when the folder is opened, and in each epoch"
-    outside = [1.]
+    outside = [torch.tensor(1.)]
     class Outside(Scaled):
         def forward(self, x): return self.head(x)*outside[0]
     cached, x = CachedTeacher(seeded(Outside), tmp_path), PICTURES
     cached.outputs((x,))
     cached.flush()
     for factor in 2., 3.:
-        outside[0] = factor
+        outside[0] = torch.tensor(factor)
         for again in CachedTeacher(seeded(Outside), tmp_path), cached:
             again.reset()
             with warnings.catch_warnings():
@@ -358,12 +358,12 @@ def test_a_teacher_that_no_fingerprint_sees(tmp_path):
 
 def test_what_is_discarded_is_that_teachers_only(tmp_path):
     "Others in the folder keep what they have"
-    outside = [1.]
+    outside = [torch.tensor(1.)]
     class Outside(Scaled):
         def forward(self, x): return self.head(x)*outside[0]
     teachers = lambda: [CachedTeacher(o, tmp_path) for o in (seeded(Outside), net())]
     for cached in teachers(): cached.precompute([PICTURES])
-    outside[0] = 2.
+    outside[0] = torch.tensor(2.)
     with pytest.warns(UserWarning, match='discarded'):
         for cached in teachers(): cached.precompute([PICTURES])
     assert [(o.hits, o.misses) for o in [cached.precompute([PICTURES]) for cached in teachers()]] == [(12, 0), (12, 0)]
@@ -376,6 +376,52 @@ def test_answers_without_their_control_sample(tmp_path):
     cached = CachedTeacher(net(), tmp_path)
     cached.outputs((PICTURES,))
     assert (cached.hits, cached.misses) == (0, 12)
+
+SEEN = """
+from types import SimpleNamespace
+from operator import itemgetter
+from torch import nn
+import torch
+CFG, REGISTRY = dict(lim={a}), dict(act=lambda o: o.clamp(max={b}))
+def bounded(o): return o.clamp(max=bounded.lim)
+bounded.lim = {c}
+def in_turn(*funcs):
+    def run(o):
+        for func in funcs: o = func(o)
+        return o
+    return run
+
+class Net(nn.Module):
+    cfg = SimpleNamespace(lim={d})
+    def __init__(self):
+        super().__init__()
+        self.head, self.act = nn.Linear(4, 3), in_turn(lambda o: o.clamp(max={e}))
+    def forward(self, x): return self.act(bounded(REGISTRY['act'](self.head(x).clamp(max=CFG['lim'])))).clamp(max=self.cfg.lim)
+"""
+
+@pytest.mark.parametrize('edited', 'abcde')
+def test_edits_that_no_control_sample_sees(edited, tmp_path):
+    "A bound that the kept inputs do not reach: in a dict or a registry of functions, on a function, on a class, in a closure"
+    def made(**numbers):
+        space = {'__name__': 'models_of_a_user'}
+        exec(SEEN.format(**{**dict.fromkeys('abcde', 1e9), **numbers}), space)
+        return seeded(space['Net']).eval()
+    x = torch.cat([PICTURES*.01, 100*PICTURES])
+    before, teacher = made(**{edited: 5.}), made(**{edited: 9.})
+    CachedTeacher(before, tmp_path).precompute([x])
+    expected = teacher(x)
+    assert torch.equal(expected[:8], before(x)[:8]) and not torch.equal(expected, before(x))
+    cached = CachedTeacher(teacher, tmp_path)
+    assert torch.equal(cached.outputs((x,))[0], expected) and cached.hits == 0
+
+def test_an_edit_between_two_calls_of_precompute(tmp_path):
+    "Each call looks at the teacher anew"
+    model = seeded(Scaled)
+    cached = CachedTeacher(model, tmp_path).precompute([PICTURES])
+    model.scale = 3.
+    cached.precompute([PICTURES + 1])
+    for scale, x in (1., PICTURES), (3., PICTURES + 1), (1., PICTURES + 1):
+        assert torch.equal(CachedTeacher(seeded(Scaled, scale), tmp_path).outputs((x,))[0], Frozen(seeded(Scaled, scale)).outputs((x,))[0])
 
 # ---- Without a teacher
 

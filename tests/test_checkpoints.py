@@ -284,7 +284,7 @@ def test_a_model_with_less(ready, tmp_path):
     assert 'prior is float32 of shape (3,) in the file, and float64 of shape (3,) here' in refusal(double, file='buffer')
 
 KINDS = dict(adam="fastai's Adam (weight_decay, average_grad(dampening=True), average_sqr_grad, step_stat, adam_step)",
-    sgd="fastai's SGD (weight_decay, average_grad, momentum_step)", torch_adamw="torch's AdamW", torch_sgd="torch's SGD")
+    sgd="fastai's SGD (weight_decay, average_grad, momentum_step)", torch_adamw="torch's AdamW", torch_sgd="torch's SGD (nesterov)")
 
 @before_and_after
 @pytest.mark.parametrize('there', KINDS)

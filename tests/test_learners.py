@@ -398,6 +398,15 @@ def test_outputs_without_a_target(what, form):
     with torch.no_grad(): expected = logits(teacher.model.eval()(*X))
     assert torch.equal(as_teacher(teacher, many(ANIMALS, SIZES)).outputs(X)[0], expected)
 
+def test_what_logits_makes_of_two_outputs():
+    "A new tensor has no order; one of the outputs has its own, also for a student with that target alone"
+    teacher, student = many(ANIMALS, SIZES), many(ANIMALS, SIZES[::-1])
+    with pytest.raises(ValueError, match='let it return one of the outputs as it is'):
+        as_teacher(teacher, student, settings=(lambda o: o[1]*1., None, None)).outputs(X)
+    with torch.no_grad(): expected = teacher.model.eval()(*X)[1].flip(1)
+    for learn in student, many(SIZES[::-1]):
+        assert torch.equal(as_teacher(teacher, learn, settings=(lambda o: o[1], None, None)).outputs(X)[0], expected)
+
 def test_all_targets_in_one_tensor_in_a_fit():
     "What the message says helps"
     def joined(order): return many(ANIMALS, order, model=Several(3, 2, form=at_once))

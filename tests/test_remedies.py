@@ -560,6 +560,47 @@ case(OTHERWISE, lambda _: fit(KD(reads(OF_TEACHER), SoftTarget), learn=reads(OF_
     lambda code, _: fit(run(f'KD(teacher, SoftTarget, {code}=translated)', teacher=reads(OF_TEACHER)), learn=reads(OF_STUDENT)))
 def translated(x): return torch.tensor([0, 1, 1])[x]
 
+# ---- answers without their teacher
+
+def taught_twice(folder, learn, teacher, given=None):
+    "A folder of answers, and what a fit with it trains"
+    fit(KD(CachedTeacher(teacher, folder/'kept'), SoftTarget), learn=learn())
+    fit(KD(given or CachedTeacher(None, folder/'kept'), SoftTarget), learn=learn())
+def still(vocab='abcdefghij'):
+    learn = named_learner(seeded(convnet, 4), vocab, n=50)
+    learn.dls.train.shuffle = False
+    return learn
+def halved(x): return x/2
+GIVEN = r'CachedTeacher\(teacher, path\)'
+def by_half(): return Frozen(teacher(), inputs=halved)
+case('was made from that of the student', lambda folder: taught_twice(folder, still, by_half()), GIVEN,
+    lambda code, folder: taught_twice(folder, still, by_half(), run(code, teacher=by_half(), path=folder/'kept')))
+case('are for classes in another order, or others', lambda folder: in_another_order(folder), GIVEN,
+    lambda code, folder: in_another_order(folder, run(code, teacher=still(), path=folder/'kept')))
+def in_another_order(folder, given=None):
+    fit(KD(CachedTeacher(still(), folder/'kept'), SoftTarget), learn=still())
+    fit(KD(given or CachedTeacher(None, folder/'kept'), SoftTarget), learn=still('jihgfedcba'))
+case('a cache on disk keeps inputs of the teacher that are', lambda folder: scaled_by(CachedTeacher(Scaled(), folder/'kept')),
+    r'CachedTeacher\(teacher\)', lambda code, _: scaled_by(run(code, teacher=Scaled())))
+def Scaled(): return Frozen(seeded(lambda: By()), inputs=lambda x: (x, np.ones(2)))
+class By(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = flat()
+    def forward(self, x, k): return self.head(x*float(k[0]))
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head, self.n = flat(), 0
+    def forward(self, x):
+        self.n += 1
+        return self.head(x)
+def in_epochs(model):
+    learn = still()
+    started(learn).fit(4, 1e-2, cbs=KD(CachedTeacher(model), SoftTarget))
+case('Leave that out, or pass', lambda _: in_epochs(Counting()), '`forward`', lambda code, _: in_epochs(flat()))
+def scaled_by(cached): assert cached.outputs((torch.randn(4, 1, 8, 8),))[0].shape == (4, 10)
+
 # ---- positions
 
 def answers(): return StoredTeacher(torch.randn(50, 10))
@@ -574,6 +615,10 @@ class Streamed(torch.utils.data.IterableDataset):
     def __iter__(self): return iter(digits()[:50])
 case('a stream has none; give a dataset with `__getitem__` and `__len__`', lambda _: stored(fastai.basics.DataLoader(Streamed(), bs=25)),
     '(?<=`)__getitem__', lambda code, _: hasattr(list, code) and stored(fastai.basics.DataLoader(digits()[:50], bs=25)))
+class Ahead(fastai.basics.DataLoader):
+    def __iter__(self): yield from super().__iter__()
+case('its class has an `__iter__` of its own; leave that to fastai', lambda _: stored(Ahead(digits()[:50], bs=25)), '(?<=`)__iter__',
+    lambda code, _: hasattr(Ahead, code) and stored(fastai.basics.DataLoader(digits()[:50], bs=25)))
 class Whole:
     def __len__(self): return 2
     def __getitem__(self, i): return tuple(map(torch.stack, zip(*digits()[25*i:25*i + 25])))
@@ -628,6 +673,7 @@ ELSEWHERE = {'train with `with learn.distrib_ctx()': 'test_loop_ranks.py::test_a
 ELSEWHERE['computes with integers already'] = 'test_eight_bits.py::test_a_file_of_integers_is_no_source'
 OF_LEARNERS = {'returns no output for each of them but a': 'all_targets_in_one_tensor_in_a_fit', 'Pad_Chunk(pad_first=': 'padding',
     'build the data of both with one `vocab`': 'one_column_for_two_classes', "F.interpolate(x, …, mode='bilinear')": 'another_size',
+    'let it return one of the outputs as it is': 'what_logits_makes_of_two_outputs',
     'renormalize(…, student=statistics(learn)': 'another_size', ': with teacher_input=lambda x: ': 'another_size',
     'ImageBlock(PILImage) or ImageBlock(PILImageBW)': 'another_mode', 'use FillMissing(add_col=True)': 'a_fill_that_is_told'}
 ELSEWHERE |= {said: f'test_learners.py::test_{name}' for said, name in OF_LEARNERS.items()}
