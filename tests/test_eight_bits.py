@@ -147,6 +147,8 @@ def dead_channels():
     for layer in model[0], model[2]: layer.weight.data[::2] = 0
     return model
 
+def tabular(): return TabularModel([(10, 4), (7, 3)], 5, 3, [50, 20])
+
 def images(): return torch.rand(1, 8, 8)
 def rows(): return torch.rand(64)
 def signals(): return torch.randn(4, 20)
@@ -156,7 +158,7 @@ def table(): return torch.stack([torch.randint(10, ()), torch.randint(7, ())]), 
 MODELS = dict(mlp=(lambda: nn.Sequential(nn.Linear(64, 50), nn.ReLU(), nn.Linear(50, 10)), rows), cnn=(lambda: convnet(8), images),
     no_bias=(lambda: nn.Sequential(nn.Linear(64, 33, bias=False), nn.ReLU(), nn.Linear(33, 10, bias=False)), rows),
     signal=(lambda: nn.Sequential(nn.Conv1d(4, 12, 3, dilation=2), nn.ReLU(), nn.Flatten(), nn.Linear(12*16, 10)), signals),
-    grouped=(grouped, images), dead_channels=(dead_channels, images), table=(lambda: TabularModel([(10, 4), (7, 3)], 5, 3, [50, 20]), table),
+    grouped=(grouped, images), dead_channels=(dead_channels, images), table=(tabular, table),
     lstm=(Reader, words), both_ways=(partial(Reader, bidirectional=True), words), transformer=(Tokens, images))
 
 @cache
@@ -172,8 +174,9 @@ def exported(name, folder):
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory): return tmp_path_factory.mktemp('exported')
 
-STATIC, DYNAMIC = 'mlp cnn no_bias signal grouped dead_channels table lstm transformer', 'mlp no_bias table lstm both_ways transformer'
-every = pytest.mark.parametrize('name,way', [(name, way) for way, names in dict(static=STATIC, dynamic=DYNAMIC).items() for name in names.split()])
+WAYS = dict(static='mlp cnn no_bias signal grouped dead_channels table lstm transformer',
+    dynamic='mlp no_bias table lstm both_ways transformer')
+every = pytest.mark.parametrize('name,way', [(name, way) for way, names in WAYS.items() for name in names.split()])
 
 def quantized(name, way, folder, file, **kwargs):
     "A file of eight bits, one batch for it, and its loss of precision"
@@ -182,7 +185,9 @@ def quantized(name, way, folder, file, **kwargs):
     names = [o.name for o in source.session().get_inputs()]
     return small, dl.one_batch()[:-1], _lost(source, small, _Batches(dl, names, 10))
 
-def integers(file): return {o.name: o for o in onnx.load(file).graph.initializer if o.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)}
+def integers(file):
+    kinds = onnx.TensorProto.INT8, onnx.TensorProto.UINT8
+    return {o.name: o for o in onnx.load(file).graph.initializer if o.data_type in kinds}
 
 def without_moving(monkeypatch): monkeypatch.setattr(export, '_unsigned', lambda *_: True)
 
@@ -284,8 +289,8 @@ def test_a_file_of_integers_is_no_source(moved, name, way, folder, tmp_path, mon
     monkeypatch.undo()
     for source in small, small.file:
         for calibration in None, dl:
-            with pytest.raises(ValueError, match=r'OnnxModel\(int8.onnx\) computes with integers already \(.*D.*: give the file that `export'):
-                quantize_onnx(source, tmp_path/'again.onnx', calibration, valid=dl, limit=10)
+            match = r'OnnxModel\(int8.onnx\) computes with integers already \(.*D.*: give the file that `export'
+            with pytest.raises(ValueError, match=match): quantize_onnx(source, tmp_path/'again.onnx', calibration, valid=dl, limit=10)
     assert [o.name for o in tmp_path.iterdir()] == ['int8.onnx']
     quantize_onnx(exported(name, folder)[0], tmp_path/'again.onnx', dl if way == 'static' else None, valid=dl, limit=10) # what it says
 
