@@ -64,7 +64,8 @@ def how_to_load(
     "What stands between a file, or weights, and a model"
     if isinstance(given, dict): return ': weights are loaded into a model first, model.load_state_dict(…)'
     if not isinstance(given, (str, Path)): return ''
-    of_weights = 'load_model(file, model, None, with_opt=False)' # also of those that `learn.save` wrote beside an optimizer's state
+    of_weights = 'model.load_state_dict(torch.load(file, weights_only=True)), or, for a file of learn.save, ' \
+        'load_model(file, model, None, with_opt=False)'
     ways = {'.onnx': 'OnnxModel(file)', '.npy': 'StoredTeacher(file)', '.pt': of_weights, '.pth': of_weights}
     return f': a file is loaded first, {ways.get(Path(given).suffix, "load_learner(file)")}'
 

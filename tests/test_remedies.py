@@ -398,9 +398,9 @@ case(': a file is loaded first, ', lambda _: KD('t.npy', SoftTarget), r'StoredTe
 def of_numbers(file):
     np.save(file, torch.zeros(50, 10).numpy())
     return file
-for name, save in (('t.pth', lambda file: torch.save(teacher().state_dict(), file)),
-    ('t.pt', lambda file: torch.save(dict(model=teacher().state_dict(), opt=dict()), file))):
-    case('load_model(file, model, None, with_opt=False)', lambda _, name=name: KD(name, SoftTarget), r'(?<=loaded first, ).*',
+for name, found, save in (('t.pth', r'model\.load_state.*?\)\)', lambda file: torch.save(teacher().state_dict(), file)),
+    ('t.pt', r'load_model.*', lambda file: torch.save(dict(model=teacher().state_dict(), opt=dict()), file))):
+    case('or, for a file of learn.save, ', lambda _, name=name: KD(name, SoftTarget), found,
         lambda code, folder, save=save, name=name: loaded(code, folder/name, save))
 def loaded(code, file, save):
     save(file)
