@@ -380,8 +380,8 @@ def _controls(self:CachedTeacher, question):
     found = [o for o in controls if o.question[2] == question[2]]
     if len({o.question[0] for o in found}) > 1:
         raise ValueError(f'{self.path} holds answers of several teachers: give the one that is meant, CachedTeacher(teacher, path)')
-    if any(o.translates for o in found): raise ValueError(f'the input of the teacher in {self.path} was made from that of the student: give '
-        'the teacher, CachedTeacher(teacher, path)')
+    if any(o.translates for o in found): raise ValueError(f'the input of the teacher in {self.path} was made from that of the student: '
+        'give the teacher, CachedTeacher(teacher, path)')
     if any(o.classes != self.classes for o in found if None not in (o.classes, self.classes)):
         raise ValueError(f'the answers in {self.path} are for classes in another order, or others, than those of this student: give the '
             'teacher, CachedTeacher(teacher, path)')
@@ -511,7 +511,7 @@ def _give_up(self:CachedTeacher, asked):
         if o.file in self.earlier: o.file = None
     for block in list(self.memory.blocks): self.memory.drop(block)
     why = 'Random augmentation does that' + full + '. Train without augmentation, or pass'
-    if self.edited: why = 'Its code or an attribute of it changed from epoch to epoch, as a counter in `forward` does. Leave that out, or pass'
+    if self.edited: why = 'Its code or an attribute changed from epoch to epoch, as a counter in `forward` does. Leave that out, or pass'
     warnings.warn(f'of {asked} inputs in the last epoch the teacher had seen almost none before, so answers are no longer kept. {why} the '
         'teacher without a cache, which costs the same', stacklevel=2)
 

@@ -509,7 +509,7 @@ def unwritten(folder):
 case('was not written by `learn.save_checkpoint`', lambda folder: unwritten(folder).load_checkpoint('c'), r'learn\.save_checkpoint',
     lambda code, folder: (run(code, learn=(learn := unwritten(folder)))('own'), learn.load_checkpoint('own')))
 for found in (r'start_epoch=learn.*?\)', r"CheckpointCallback\(fname='another'\)", r"learn\.save_checkpoint\('another'\)"):
-    case('is not of this run, and stays as it is', lambda folder: (checkpoint(folder), placed(student(), folder).save_checkpoint('c')), found,
+    case('is not of this run, and stays as it is', lambda folder: (checkpoint(folder), checkpoint(folder)), found,
         lambda code, folder: goes_on(code, folder, checkpoint(folder).read_bytes()))
 def goes_on(code, folder, before):
     learn = placed(student(), folder)
@@ -610,7 +610,8 @@ def stored(train):
     fit(KD(answers(), SoftTarget), learn=learn)
 def by_fastai(code): return run(code.replace('dataset, bs=…', 'dataset, bs=25, shuffle=True'), dataset=digits()[:50])
 case('is not of fastai; take DataLoader(dataset, bs=…) of fastai.data.load',
-    lambda _: stored(torch.utils.data.DataLoader(digits()[:50], batch_size=25)), r'DataLoader\(.*?\)', lambda code, _: stored(by_fastai(code)))
+    lambda _: stored(torch.utils.data.DataLoader(digits()[:50], batch_size=25)), r'DataLoader\(.*?\)',
+    lambda code, _: stored(by_fastai(code)))
 class Streamed(torch.utils.data.IterableDataset):
     def __iter__(self): return iter(digits()[:50])
 case('a stream has none; give a dataset with `__getitem__` and `__len__`', lambda _: stored(fastai.basics.DataLoader(Streamed(), bs=25)),
