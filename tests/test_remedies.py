@@ -609,9 +609,9 @@ def stored(train):
     learn.dls.loaders = [train, learn.dls.valid]
     fit(KD(answers(), SoftTarget), learn=learn)
 def by_fastai(code): return run(code.replace('dataset, bs=…', 'dataset, bs=25, shuffle=True'), dataset=digits()[:50])
-case('is not of fastai; take DataLoader(dataset, bs=…) of fastai.data.load',
-    lambda _: stored(torch.utils.data.DataLoader(digits()[:50], batch_size=25)), r'DataLoader\(.*?\)',
+case('is not of fastai; take DataLoader(dataset, bs=…) of fastai.data.load', lambda _: stored(of_torch()), r'DataLoader\(.*?\)',
     lambda code, _: stored(by_fastai(code)))
+def of_torch(): return torch.utils.data.DataLoader(digits()[:50], batch_size=25)
 class Streamed(torch.utils.data.IterableDataset):
     def __iter__(self): return iter(digits()[:50])
 case('a stream has none; give a dataset with `__getitem__` and `__len__`', lambda _: stored(fastai.basics.DataLoader(Streamed(), bs=25)),
