@@ -279,6 +279,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fastkd.checkpoints._optimizers': ('checkpoints.html#_optimizers', 'fastkd/checkpoints.py'),
                                     'fastkd.checkpoints._random_states': ('checkpoints.html#_random_states', 'fastkd/checkpoints.py'),
                                     'fastkd.checkpoints._read': ('checkpoints.html#_read', 'fastkd/checkpoints.py'),
+                                    'fastkd.checkpoints._run_of': ('checkpoints.html#_run_of', 'fastkd/checkpoints.py'),
                                     'fastkd.checkpoints._runs': ('checkpoints.html#_runs', 'fastkd/checkpoints.py'),
                                     'fastkd.checkpoints._set_random_states': ( 'checkpoints.html#_set_random_states',
                                                                                'fastkd/checkpoints.py'),

@@ -6,7 +6,7 @@
 __all__ = ['SAFE', 'CheckpointCallback']
 
 # %% ../nbs/32_checkpoints.ipynb #ccbddd45
-import copy, math, numpy as np, pickle, torch, warnings
+import copy, math, numpy as np, os, pickle, torch, warnings
 from collections import Counter
 from contextlib import contextmanager, suppress
 from fastai.basics import Callback, L, Learner, join_path_file
@@ -102,18 +102,23 @@ _RUNS = WeakKeyDictionary() # ids of a learner's run, behind those that it went 
 
 def _runs(learn): return _RUNS.setdefault(learn, [uuid4().hex])
 
+def _run_of(file):
+    "Id of the run that wrote a checkpoint; None where the file is damaged, or of another kind"
+    try: return _content(file, mmap=True)['opt']['distillation']['runs'][-1]
+    except Exception: return None
+
 def _is_anothers(learn, file):
     "Whether there is a file that is not of this learner's run"
-    if not file.exists(): return False
-    try: return _content(file, mmap=True)['opt']['distillation']['runs'][-1] not in _runs(learn)
-    except Exception: return True # damaged, or of another kind
+    return file.exists() and _run_of(file) not in _runs(learn)
 
+# %% ../nbs/32_checkpoints.ipynb #731bc53d
 def _check_own(learn, file):
     "Raise a ValueError where this run would write over another one"
-    if _is_anothers(learn, file):
-        raise ValueError(f'{file} is not of this run, and stays as it is. Go on with the run that wrote it, '
-            f"`start_epoch=learn.load_checkpoint('{file.stem}')`, delete the file, or give this run a name of its own: "
-            f"`CheckpointCallback(fname='another')`, or `learn.save_checkpoint('another')`")
+    if not _is_anothers(learn, file): return
+    name = os.path.relpath(file.with_suffix(''), learn.path/learn.model_dir) # `fname` may name a folder, too
+    go_on = f"Go on with the run that wrote it, `start_epoch=learn.load_checkpoint('{name}')`, delete" if _run_of(file) else 'Delete'
+    raise ValueError(f'{file} is not of this run, and stays as it is. {go_on} the file, or give this run a name of its own: '
+        "`CheckpointCallback(fname='another')`, or `learn.save_checkpoint('another')`")
 
 # %% ../nbs/32_checkpoints.ipynb #32000009
 SAFE = [L, np.float64(0).__reduce__()[0], np.dtype, type(np.dtype('float64'))]

@@ -282,10 +282,12 @@ def _check_images(student, teacher, converts):
                 + "ImageBlock(PILImage) or ImageBlock(PILImageBW)" + _ELSE)
     size_s, size_t = map(image_size, (student, teacher))
     if None in (size_s, size_t) or size_s == size_t: return
-    shown = f"F.interpolate(x, {size_t}, mode='bilinear')"
-    if converts: shown = f'renormalize({shown}, student=statistics(learn), teacher=statistics(teacher))'
+    shown, after = f"F.interpolate(x, {size_t}, mode='bilinear')", ''
+    if converts:
+        shown = f'renormalize({shown}, student=statistics(learn), teacher=statistics(teacher))'
+        after = ', after `from fastkd.learners import renormalize, statistics`'
     _say(f"the teacher was trained on images of {size_t[0]}×{size_t[1]} and sees the student's, {size_s[0]}×{size_s[1]}: with "
-        f"teacher_input=lambda x: {shown} it sees them in its own size")
+        f"teacher_input=lambda x: {shown} it sees them in its own size" + after)
 
 # %% ../nbs/22_learners.ipynb #51c7987e
 def _say(message): warnings.warn(message, stacklevel=3)

@@ -174,7 +174,8 @@ def no_positions(
     dl, # A loader
 ) -> str: # What is wrong, and what would do; empty where nothing is
     "Why a loader cannot tell the positions of its samples"
-    if not isinstance(dl, DataLoader): return f'{type(dl).__name__} is not of fastai; take DataLoader(dataset, bs=…) of fastai.data.load'
+    if not isinstance(dl, DataLoader):
+        return f'{type(dl).__name__} is not of fastai; take DataLoader(dataset, bs=…, shuffle=True) of fastai.data.load'
     dl = loader_behind(dl)
     if not dl.indexed or dl.n is None: return 'a stream has none; give a dataset with `__getitem__` and `__len__`'
     if not type(dl).__iter__.__module__.startswith('fastai.'): return 'its class has an `__iter__` of its own; leave that to fastai'

@@ -27,6 +27,11 @@ def slow(*args): return pytest.param(*args, marks=pytest.mark.slow)
 FORKS = get_context('forkserver')
 FORKS.set_forkserver_preload(['nbdev.test', 'fastai.vision.all', 'matplotlib.pyplot', 'fastkd.all'])
 
+def as_elsewhere(func, *args, **kwargs):
+    "`func(*args, **kwargs)`, in a process whose loaders start theirs as they do elsewhere, not as this one was started"
+    set_start_method(None, force=True)
+    return func(*args, **kwargs)
+
 def run_script(path, args, env):
     "What `python path *args` does, in this process; an error is left in a file of the folder"
     os.environ.update(env)

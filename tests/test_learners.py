@@ -1,5 +1,5 @@
 "What a learner knows beyond its model travels with it: the teacher reads raw values as it would on its own, and classes belong to outputs."
-import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F, warnings
+import numpy as np, pandas as pd, pytest, re, torch, torch.nn.functional as F, warnings
 from fastai.basics import (CategoryBlock, ColReader, CrossEntropyLossFlat, DataBlock, IntToFloatTensor, Learner, Normalize, RandomSplitter,
     RegressionBlock, TransformBlock, accuracy, load_learner)
 from fastai.tabular import core
@@ -9,7 +9,7 @@ from fastai.text.data import TextBlock
 from fastai.vision.all import ImageBlock, PILImage, PILImageBW, Resize, aug_transforms
 from fastkd.all import *
 from fastkd.callback import as_teacher
-from fastkd.learners import class_names, image_size, renormalize, statistics, target_names
+from fastkd.learners import class_names, image_size, target_names
 from functools import partial
 from helpers import At, NoWaiting, error_of, quiet
 from torch import nn
@@ -626,7 +626,8 @@ def test_another_size(stats):
     with pytest.warns(UserWarning, match='trained on images of 12×10 and sees') as said: found = as_teacher(teacher, learn)
     assert found.seen(batch_of(learn))[0].shape == (4, 3, 6, 6) # the very batch, as long as nobody says otherwise
     line = next(str(o.message) for o in said if '12×10' in str(o.message)).partition('teacher_input=')[2].partition(' it sees')[0]
-    names = dict(F=F, renormalize=renormalize, statistics=statistics, learn=learn, teacher=teacher)
+    names = dict(F=F, learn=learn, teacher=teacher)
+    for imports in re.findall('(?<=after `).*(?=`)', '\n'.join(str(o.message) for o in said)): exec(imports, names)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         found = as_teacher(teacher, learn, settings=(logits, eval(line, names), None)).seen(batch_of(learn))[0]

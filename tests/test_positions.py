@@ -182,7 +182,7 @@ def test_refused(name):
         learn = student(REFUSED[name]())
         before = weights(learn.model)
         text = error_of(ValueError, learn, kd)
-        assert 'which these loaders do not supply: ' in text and ('; ' in text or 'DataLoader(dataset, bs=…)' in text)
+        assert 'which these loaders do not supply: ' in text and ('; ' in text or 'DataLoader(dataset, bs=…, shuffle=True)' in text)
         assert same(before, weights(learn.model))
 
 def test_windows_of_texts_are_no_samples():

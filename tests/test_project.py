@@ -2,7 +2,7 @@
 import json, os, pytest, re, shutil, subprocess, sys, torch
 from concurrent.futures import ProcessPoolExecutor
 from configparser import ConfigParser
-from helpers import FORKS
+from helpers import FORKS, as_elsewhere
 from html import unescape
 from importlib.metadata import entry_points, metadata
 from nbdev.clean import nbdev_clean
@@ -33,7 +33,7 @@ def python(code, **kwargs): return run(sys.executable, '-W', 'ignore', '-c', cod
 def passes(path, skip):
     "Run a notebook in a process of its own: what it patches, seeds and leaves open ends with it"
     with ProcessPoolExecutor(1, mp_context=FORKS) as pool:
-        return pool.submit(run_notebook, path, skip, basepath=ROOT, cell_timeout=3600).result()[0] # seconds for a cell
+        return pool.submit(as_elsewhere, run_notebook, path, skip, basepath=ROOT, cell_timeout=3600).result()[0] # seconds for a cell
 
 def flags(path): return {name for cell in nb_test_cells(path) for name in cell.directives_} & {*FLAGS}
 

@@ -517,6 +517,13 @@ def goes_on(code, folder, before):
     elif code.startswith('learn'): run(code, learn=learn)
     else: fit(run(code), learn=learn)
     assert code.startswith('start_epoch') or (folder/'models'/'c.pth').read_bytes() == before and (folder/'models'/'another.pth').exists()
+case('Go on with the run that wrote it', lambda folder: (in_a_folder(folder), placed(student(), folder).save_checkpoint('runs/c')),
+    r'learn\.load_checkpoint.*?\)', lambda code, folder: (in_a_folder(folder), run(code, learn=placed(student(), folder))))
+def in_a_folder(folder):
+    (folder/'models'/'runs').mkdir(parents=True)
+    placed(student(), folder).save_checkpoint('runs/c')
+case('is not of this run, and stays as it is', lambda folder: (unwritten(folder), checkpoint(folder)), 'Delete the file',
+    lambda code, folder: (unwritten(folder), (folder/'models'/'c.pth').unlink(), checkpoint(folder)))
 case('make it with the `opt_func` that was used', lambda folder: (checkpoint(folder), trains_with('SGD', folder).load_checkpoint('c')),
     '(?<=`)opt_func', lambda code, folder: (checkpoint(folder), trains_with('Adam', folder, code).load_checkpoint('c')))
 def trains_with(opt, folder, name='opt_func'): return placed(learner(n=50, **{name: vars(fastai.basics)[opt]}), folder)
@@ -608,9 +615,9 @@ def stored(train):
     learn = student()
     learn.dls.loaders = [train, learn.dls.valid]
     fit(KD(answers(), SoftTarget), learn=learn)
-def by_fastai(code): return run(code.replace('dataset, bs=…', 'dataset, bs=25, shuffle=True'), dataset=digits()[:50])
-case('is not of fastai; take DataLoader(dataset, bs=…) of fastai.data.load', lambda _: stored(of_torch()), r'DataLoader\(.*?\)',
-    lambda code, _: stored(by_fastai(code)))
+def by_fastai(code): return run(code, '25', dataset=digits()[:50])
+case('is not of fastai; take DataLoader(dataset, bs=…, shuffle=True) of fastai.data.load', lambda _: stored(of_torch()),
+    r'DataLoader\(.*?\)', lambda code, _: stored(by_fastai(code)))
 def of_torch(): return torch.utils.data.DataLoader(digits()[:50], batch_size=25)
 class Streamed(torch.utils.data.IterableDataset):
     def __iter__(self): return iter(digits()[:50])
@@ -676,6 +683,7 @@ OF_LEARNERS = {'returns no output for each of them but a': 'all_targets_in_one_t
     'build the data of both with one `vocab`': 'one_column_for_two_classes', "F.interpolate(x, …, mode='bilinear')": 'another_size',
     'let it return one of the outputs as it is': 'what_logits_makes_of_two_outputs',
     'renormalize(…, student=statistics(learn)': 'another_size', ': with teacher_input=lambda x: ': 'another_size',
+    ', after `from fastkd.learners import': 'another_size',
     'ImageBlock(PILImage) or ImageBlock(PILImageBW)': 'another_mode', 'use FillMissing(add_col=True)': 'a_fill_that_is_told'}
 ELSEWHERE |= {said: f'test_learners.py::test_{name}' for said, name in OF_LEARNERS.items()}
 # what looks like code and is no remedy: what a setting is called, how something is written, what the error is about

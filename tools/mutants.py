@@ -237,7 +237,7 @@ CHECKPOINTS = [
         'test_checkpoints.py::test_a_callback_that_fails[adam-fresh]'),
     Mutant('check sums are not looked at', SAVED, 'damaged = archive.testzip()', 'damaged = None',
         'test_checkpoints.py::test_a_damaged_file'),
-    Mutant('a run writes over another', SAVED, "['runs'][-1] not in _runs(learn)", "['runs'][-1] == ''",
+    Mutant('a run writes over another', SAVED, '_run_of(file) not in _runs(learn)', "_run_of(file) == ''",
         'test_checkpoints.py::test_another_run_is_not_written_over'),
     Mutant('flags of a torch optimizer are forgotten', 'optimizers.py', 'if flags is not None: opt.state', 'if False: opt.state',
         'test_checkpoints.py::test_flags_of_fastai'),
